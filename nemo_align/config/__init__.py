@@ -1,0 +1,1 @@
+"""Typed schema of every config group, composition and validation. Never imports torch or Megatron."""

@@ -1,0 +1,30 @@
+"""Schema of the `checkpoint` group and of the `convert` verb."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Where weights come from and when they are saved."""
+
+    init_from: str | None = None  # run directory, checkpoint or Hugging Face folder; null: random weights
+    load_optimizer: bool = False  # Adam's moments of init_from too
+    save_every: int | None = None  # steps; null: only at the end and on a signal
+    keep_last: int = 2  # periodic checkpoints to keep; the final one always stays
+    export_hf: bool = False  # write <run_dir>/hf at the end
+
+
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """`nemo-align convert from=... to=... source=... target=...`."""
+
+    source_format: str = MISSING  # written `from=` on the command line: hf | megatron
+    target_format: str = MISSING  # written `to=` on the command line: hf | megatron
+    source: str = MISSING
+    target: str = MISSING
+    dtype: str | None = None  # fp32 | bf16; null: as the source
+    run_dir: str = "runs/convert"

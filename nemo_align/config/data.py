@@ -1,0 +1,91 @@
+"""Schema of the `data` group, one class per kind of dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class BlendSourceConfig:
+    """One Megatron `.bin`/`.idx` pair of a pretraining blend."""
+
+    path: str = MISSING  # prefix without .bin or .idx
+    weight: float = 1.0  # share of the samples; weights of a blend are normalised
+
+
+@dataclass(kw_only=True)
+class PhaseConfig:
+    """A part of pretraining with one blend. The sample count is fixed by `steps`, whenever a run stops."""
+
+    steps: int = MISSING
+    blend: dict[str, BlendSourceConfig] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class PretrainDataConfig:
+    """Next-token data in phases, in the order written, under one learning-rate schedule."""
+
+    tokenizer: str | None = None  # SentencePiece file or Hugging Face folder; null: that of checkpoint.init_from
+    sequence_length: int = 4096  # tokens per sample
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    validation: dict[str, BlendSourceConfig] = field(default_factory=dict)  # each its own held-out set, read whole once
+    cache_dir: str | None = None  # sample indices; null: <run_dir>/cache
+
+
+@dataclass(kw_only=True)
+class RowsConfig:
+    """A file, or a Hugging Face dataset folder, of rows."""
+
+    path: str = MISSING  # .jsonl, .jsonl.gz, .json, .parquet or a folder written by datasets.save_to_disk
+    format: str = "auto"  # auto, or a row format of nemo_align/data/row_formats
+    max_rows: int | None = None  # seeded choice of that many rows
+    fraction: float | None = None  # seeded choice of that part of the rows (0..1]
+
+
+@dataclass(kw_only=True)
+class ChatDataConfig:
+    """What sft, reward, preference and score have in common."""
+
+    tokenizer: str | None = None  # SentencePiece file or Hugging Face folder; null: that of checkpoint.init_from
+    sequence_length: int = 4096  # longest sequence in tokens
+    overlong: str = "error"  # error | drop | truncate (the oldest turns)
+    default_system: str = ""  # system turn of rows that have none
+    train: dict[str, RowsConfig] = field(default_factory=dict)
+    validation: dict[str, RowsConfig] = field(default_factory=dict)  # each its own held-out set
+    cache_dir: str | None = None  # tokenized rows; null: <run_dir>/cache
+
+
+@dataclass(kw_only=True)
+class SftDataConfig(ChatDataConfig):
+    """Dialogues; the loss is on assistant turns and the token that ends each."""
+
+    overlong: str = "truncate"
+
+
+@dataclass(kw_only=True)
+class RewardDataConfig(ChatDataConfig):
+    """Dialogues with one number per attribute; the reward token is appended."""
+
+
+@dataclass(kw_only=True)
+class SelectConfig:
+    """Which pairs are trained on. Counts of what is left out are reported."""
+
+    min_chosen_reward: float | None = None
+    min_reward_gap: float | None = None  # chosen_reward - rejected_reward at least this
+    inverted: str = "error"  # chosen reward below rejected: error | swap | keep
+    ties: str = "auto"  # equal rewards: drop | keep | auto (drop for dpo and ipo, keep for rpo)
+
+
+@dataclass(kw_only=True)
+class PreferenceDataConfig(ChatDataConfig):
+    """Pairs of responses to one prompt, with or without rewards."""
+
+    select: SelectConfig = field(default_factory=SelectConfig)
+
+
+@dataclass(kw_only=True)
+class ScoreDataConfig(ChatDataConfig):
+    """Rows to be scored; `train` and `validation` stay empty."""

@@ -1,0 +1,40 @@
+"""Schema of the `parallel`, `precision` and `runtime` groups: where and how a stage runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Layout of the processes. World size = tensor x pipeline x data."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1  # model chunks per pipeline rank; above 1 the schedule is interleaved
+    data: int | None = None  # null: what the world size leaves; a bare command without GPUs takes 1
+    sequence: bool = False  # sequence parallel: activations of the norms split over the tensor group
+    distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute: str = "none"  # activations: none | selective (core attention) | full (whole layers)
+    recompute_layers: int = 1  # layers per recomputed block when recompute is full
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Number formats of weights, activations and gradient reduction."""
+
+    dtype: str = "bf16"  # bf16 | fp32
+    fp8: str = "none"  # none | delayed | tensorwise | blockwise (Transformer Engine, GPU only)
+    grad_reduce_fp32: bool = True  # accumulate and reduce gradients in fp32
+
+
+@dataclass(kw_only=True)
+class RuntimeConfig:
+    """The process itself."""
+
+    seed: int = 1234  # of initial weights and data order
+    distributed_timeout_minutes: float = 30.0  # a collective that waits longer fails
+    threads: int | None = None  # CPU threads per worker; null: cores / workers without a GPU, torch's default with one
+    deterministic: bool = False  # torch.use_deterministic_algorithms

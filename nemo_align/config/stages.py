@@ -1,0 +1,82 @@
+"""Schema of the root config of each verb that runs on workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from nemo_align.config.checkpoint import CheckpointConfig
+from nemo_align.config.data import (
+    PreferenceDataConfig,
+    PretrainDataConfig,
+    RewardDataConfig,
+    ScoreDataConfig,
+    SftDataConfig,
+)
+from nemo_align.config.model import ModelConfig
+from nemo_align.config.objectives import PreferenceConfig, RewardConfig
+from nemo_align.config.runtime import ParallelConfig, PrecisionConfig, RuntimeConfig
+from nemo_align.config.training import OptimizerConfig, TrackingConfig, TrainConfig
+
+
+@dataclass(kw_only=True)
+class WorkerConfig:
+    """What every verb that starts workers has."""
+
+    experiment: str = MISSING  # names the run
+    run_dir: str = "runs/${experiment}"  # all of a run; the same command again resumes it
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(kw_only=True)
+class TrainStageConfig(WorkerConfig):
+    """What every training verb has."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(kw_only=True)
+class PretrainStageConfig(TrainStageConfig):
+    """`nemo-align pretrain`."""
+
+    data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
+
+
+@dataclass(kw_only=True)
+class SftStageConfig(TrainStageConfig):
+    """`nemo-align sft`."""
+
+    data: SftDataConfig = field(default_factory=SftDataConfig)
+
+
+@dataclass(kw_only=True)
+class RewardStageConfig(TrainStageConfig):
+    """`nemo-align reward`."""
+
+    data: RewardDataConfig = field(default_factory=RewardDataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass(kw_only=True)
+class PreferenceStageConfig(TrainStageConfig):
+    """`nemo-align preference`."""
+
+    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+
+
+@dataclass(kw_only=True)
+class ScoreStageConfig(WorkerConfig):
+    """`nemo-align score`: a trained reward model (checkpoint.init_from) writes rewards into rows."""
+
+    data: ScoreDataConfig = field(default_factory=ScoreDataConfig)
+    inputs: dict[str, str] = field(default_factory=dict)  # name -> file of rows; <run_dir>/<name>.jsonl is written
+    weights: dict[str, float] | None = None  # of the scalar reward; null: those stored with the reward model
+    micro_batch_tokens: int | None = None  # null: data.sequence_length
