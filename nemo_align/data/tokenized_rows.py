@@ -1,0 +1,247 @@
+"""Tokenized rows on disk: plain numpy files, memory-mapped, published whole or not at all.
+
+A cache is a folder of flat arrays. An example has one segment (a dialogue) or two (chosen, rejected), and segment s of
+example i is tokens[offsets[i * segments + s] : offsets[i * segments + s + 1]].
+
+    tokens.npy       int32 [T]      all token ids, back to back
+    loss_mask.npy    bool  [T]      token t of its sequence is predicted (never the first of a sequence)
+    offsets.npy      int64 [N * segments + 1]
+    loss_tokens.npy  int32 [N]      predicted tokens of the example, all segments
+    origins.npy      int64 [N, 2]   number of the source (in config order) and row number (1 = first) in it
+    target_<name>.npy float32 [N] or [N, A]; NaN where missing
+    meta.json        written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+FORMAT_VERSION = 1  # part of every cache key: raise it when the meaning of a file or of a rendering changes
+
+
+class TokenizedRows:
+    """One prepared data set, opened read-only; N examples, S segments each (1, or 2 for pairs).
+
+    Attributes: `lengths` int32 [N, S] tokens, `loss_tokens` int32 [N], `targets` name -> float32 [N] or [N, A]
+    (NaN = missing), `origins` int64 [N, 2] (source number, row number), `fingerprint`, `report` (counts), `sources`
+    (names, in config order), `attributes` (column names of target "labels").
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder}: cache of format {meta['format']}, this version reads {FORMAT_VERSION}; delete it"
+            )
+        self.fingerprint: str = meta["fingerprint"]
+        self.kind: str = meta["kind"]
+        self.report: dict[str, Any] = meta["report"]
+        self.sources: list[str] = meta["sources"]
+        self.attributes: list[str] = meta["attributes"]
+        self.num_segments: int = meta["segments"]
+        self._tokens = self._load("tokens")
+        self._loss_mask = self._load("loss_mask")
+        self._offsets = self._load("offsets")
+        self.loss_tokens = self._load("loss_tokens")
+        self.origins = self._load("origins")
+        self.targets: dict[str, np.ndarray] = {name: self._load(f"target_{name}") for name in meta["targets"]}
+        self.lengths: np.ndarray = np.diff(self._offsets).astype(np.int32).reshape(-1, self.num_segments)
+        self._check()
+
+    def _load(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    def _check(self) -> None:
+        """A cut or mixed-up cache is found here, not as a strange loss later."""
+        examples = len(self.lengths)
+        agree = (
+            len(self._tokens) == len(self._loss_mask) == int(self._offsets[-1])
+            and len(self.loss_tokens) == len(self.origins) == examples
+            and all(len(values) == examples for values in self.targets.values())
+        )
+        if not agree:
+            raise ValueError(f"{self.folder}: the sizes of its arrays disagree (damaged cache); delete the folder")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sequences(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(tokens int32 [L], loss_mask bool [L]) of each segment of example `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        first = index * self.num_segments
+        edges = [int(edge) for edge in self._offsets[first : first + self.num_segments + 1]]
+        return [(self._tokens[start:end], self._loss_mask[start:end]) for start, end in itertools.pairwise(edges)]
+
+    def example_fingerprint(self, index: int) -> bytes:
+        """16 bytes that name the tokens and masks of example `index`, whatever file it came from."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tokens, loss_mask in self.sequences(index):
+            digest.update(len(tokens).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
+            digest.update(np.packbits(loss_mask).tobytes())
+        return digest.digest()
+
+    def summary(self) -> str:
+        """The counts as one line for the log."""
+        counts = ", ".join(
+            f"{name.replace('_', ' ')} {value:,}"
+            for name, value in self.report.items()
+            if isinstance(value, int) and value
+        )
+        return f"{'+'.join(self.sources)}: {len(self):,} examples ({counts})"
+
+
+class _GrowingArray:
+    """A .npy file appended to; its header is rewritten in place at the end.
+
+    numpy pads a header so that the first dimension may grow to 21 digits without the header getting longer.
+    """
+
+    def __init__(self, path: Path, dtype: Any, width: int | None = None) -> None:
+        self._dtype = np.dtype(dtype)
+        self._width = width
+        self._count = 0
+        self._file: BinaryIO = path.open("wb")
+        self._header()
+        self._data_start = self._file.tell()
+
+    def _header(self) -> None:
+        shape = (self._count,) if self._width is None else (self._count, self._width)
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def extend(self, values: Any) -> None:
+        array = np.ascontiguousarray(values, dtype=self._dtype)
+        assert array.shape[1:] == (() if self._width is None else (self._width,)), (array.shape, self._width)
+        self._file.write(array.tobytes())
+        self._count += len(array)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._header()
+        assert self._file.tell() == self._data_start, "the .npy header grew"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class TokenizedRowsWriter:
+    """Fills a folder example by example. `targets`: name -> number of columns, or None for one value per example."""
+
+    def __init__(self, folder: Path, *, segments: int, targets: Mapping[str, int | None]) -> None:
+        self.folder = folder
+        self.segments = segments
+        self.target_widths = dict(targets)
+        self.num_examples = 0
+        self._end = 0
+        self._arrays = {
+            "tokens": _GrowingArray(folder / "tokens.npy", np.int32),
+            "loss_mask": _GrowingArray(folder / "loss_mask.npy", np.bool_),
+            "offsets": _GrowingArray(folder / "offsets.npy", np.int64),
+            "loss_tokens": _GrowingArray(folder / "loss_tokens.npy", np.int32),
+            "origins": _GrowingArray(folder / "origins.npy", np.int64, 2),
+        }
+        self._arrays["offsets"].extend([0])
+        for name, width in self.target_widths.items():
+            self._arrays[f"target_{name}"] = _GrowingArray(folder / f"target_{name}.npy", np.float32, width)
+
+    def add(
+        self,
+        sequences: Sequence[tuple[Sequence[int], Sequence[bool]]],
+        *,
+        origin: tuple[int, int],
+        targets: Mapping[str, Any] | None = None,
+    ) -> None:
+        """One example: its (tokens, loss_mask) per segment, (source number, row number), and its targets."""
+        assert len(sequences) == self.segments, (len(sequences), self.segments)
+        targets = targets or {}
+        assert targets.keys() == self.target_widths.keys(), (sorted(targets), sorted(self.target_widths))
+        loss_tokens = 0
+        for tokens, loss_mask in sequences:
+            mask = np.asarray(loss_mask, dtype=np.bool_)
+            assert len(tokens) == len(mask) > 0, (len(tokens), len(mask))
+            assert not mask[0], "nothing predicts the first token of a sequence"
+            self._arrays["tokens"].extend(tokens)
+            self._arrays["loss_mask"].extend(mask)
+            self._end += len(tokens)
+            self._arrays["offsets"].extend([self._end])
+            loss_tokens += int(mask.sum())
+        self._arrays["loss_tokens"].extend([loss_tokens])
+        self._arrays["origins"].extend([origin])
+        for name, value in targets.items():
+            self._arrays[f"target_{name}"].extend([value])
+        self.num_examples += 1
+
+    def finish(
+        self,
+        *,
+        kind: str,
+        fingerprint: str,
+        report: Mapping[str, Any],
+        sources: Sequence[str],
+        attributes: Sequence[str],
+    ) -> None:
+        """Close the arrays, then write meta.json: a folder without it is no cache."""
+        for array in self._arrays.values():
+            array.close()
+        meta = {
+            "format": FORMAT_VERSION,
+            "kind": kind,
+            "fingerprint": fingerprint,
+            "segments": self.segments,
+            "targets": list(self.target_widths),
+            "attributes": list(attributes),
+            "sources": list(sources),
+            "report": dict(report),
+        }
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def open_or_build(
+    cache_dir: Path,
+    *,
+    kind: str,
+    fingerprint: str,
+    segments: int,
+    build: Callable[[TokenizedRowsWriter], Mapping[str, Any]],
+    sources: Sequence[str],
+    targets: Mapping[str, int | None] | None = None,
+    attributes: Sequence[str] = (),
+) -> TokenizedRows:
+    """The cache named by `fingerprint`; built first if it is not there.
+
+    `build` fills the writer and returns the report. Rank 0 calls this before a barrier and the other ranks after it, so
+    that they only open; where the folder is not shared between machines several build, and the first rename wins.
+    """
+    folder = Path(cache_dir) / f"{kind}_{fingerprint[:20]}"
+    if (folder / "meta.json").is_file():
+        return TokenizedRows(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        building.chmod(0o755)  # mkdtemp's 0700 would shut out colleagues who share the cache
+        writer = TokenizedRowsWriter(building, segments=segments, targets=targets or {})
+        report = build(writer)
+        if writer.num_examples == 0:
+            raise ValueError(f"data ({', '.join(sources)}): no example is left. Counts: {json.dumps(dict(report))}")
+        writer.finish(kind=kind, fingerprint=fingerprint, report=report, sources=sources, attributes=attributes)
+        try:
+            os.rename(building, folder)
+        except OSError:
+            if not (folder / "meta.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return TokenizedRows(folder)

@@ -1,0 +1,116 @@
+"""The cache of tokenized rows: what is written is what is read, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_align.data.tokenized_rows import TokenizedRows, TokenizedRowsWriter, open_or_build
+
+
+def build_pairs(writer: TokenizedRowsWriter) -> dict[str, int]:
+    writer.add(
+        [([1, 2, 3], [False, False, True]), ([1, 2], [False, True])],
+        origin=(0, 1),
+        targets={"chosen_reward": 2.5, "labels": [1.0, float("nan")]},
+    )
+    writer.add(
+        [([7], [False]), ([8, 9, 10, 11], [False, True, True, True])],
+        origin=(1, 4),
+        targets={"chosen_reward": float("nan"), "labels": [0.0, 3.0]},
+    )
+    return {"rows": 3, "kept": 2, "dropped_ties": 1}
+
+
+def make(cache_dir: Path, build=build_pairs, fingerprint: str = "f" * 32) -> TokenizedRows:
+    return open_or_build(
+        cache_dir,
+        kind="preference",
+        fingerprint=fingerprint,
+        segments=2,
+        build=build,
+        sources=["a", "b"],
+        targets={"chosen_reward": None, "labels": 2},
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    rows = make(tmp_path)
+    assert len(rows) == 2
+    assert rows.lengths.tolist() == [[3, 2], [1, 4]] and rows.lengths.dtype == np.int32
+    assert rows.loss_tokens.tolist() == [2, 3]
+    (chosen, chosen_mask), (rejected, _) = rows.sequences(0)
+    assert chosen.tolist() == [1, 2, 3] and chosen_mask.tolist() == [False, False, True] and chosen.dtype == np.int32
+    assert rejected.tolist() == [1, 2]
+    assert rows.targets["labels"].shape == (2, 2) and np.isnan(rows.targets["labels"][0, 1])
+    assert rows.targets["chosen_reward"][0] == 2.5
+    assert rows.origins.tolist() == [[0, 1], [1, 4]]
+    assert rows.report["dropped_ties"] == 1 and "dropped ties 1" in rows.summary()
+    with pytest.raises(IndexError):
+        rows.sequences(2)
+
+
+def test_second_call_only_opens(tmp_path: Path) -> None:
+    first = make(tmp_path)
+
+    def must_not_run(writer: TokenizedRowsWriter) -> dict[str, int]:
+        raise AssertionError("built twice")
+
+    assert make(tmp_path, must_not_run).example_fingerprint(1) == first.example_fingerprint(1)
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail(writer: TokenizedRowsWriter) -> dict[str, int]:
+        build_pairs(writer)
+        raise ValueError("bad row")
+
+    with pytest.raises(ValueError, match="bad row"):
+        make(tmp_path, fail)
+    assert list(tmp_path.iterdir()) == []
+    assert len(make(tmp_path)) == 2
+
+
+def test_no_examples_is_an_error_with_the_counts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no example is left.*dropped_ties"):
+        make(tmp_path, lambda writer: {"rows": 5, "dropped_ties": 5})
+
+
+def test_the_first_of_two_builders_wins(tmp_path: Path) -> None:
+    def build_while_another_publishes(writer: TokenizedRowsWriter) -> dict[str, int]:
+        make(tmp_path)
+        return build_pairs(writer)
+
+    assert len(make(tmp_path, build_while_another_publishes)) == 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_damage_is_refused(tmp_path: Path) -> None:
+    rows = make(tmp_path)
+    meta = json.loads((rows.folder / "meta.json").read_text())
+    np.save(rows.folder / "loss_tokens.npy", np.zeros(1, np.int32))
+    with pytest.raises(ValueError, match="damaged cache"):
+        TokenizedRows(rows.folder)
+    (rows.folder / "meta.json").write_text(json.dumps(meta | {"format": 0}))
+    with pytest.raises(ValueError, match="format 0"):
+        TokenizedRows(rows.folder)
+
+
+def test_example_fingerprint_sees_tokens_masks_and_borders(tmp_path: Path) -> None:
+    def variant(name: str, chosen, rejected) -> bytes:
+        def build(writer: TokenizedRowsWriter) -> dict[str, int]:
+            writer.add([chosen, rejected], origin=(0, 1), targets={"chosen_reward": 0.0, "labels": [0.0, 0.0]})
+            return {}
+
+        return make(tmp_path, build, fingerprint=name * 32).example_fingerprint(0)
+
+    base = variant("a", ([1, 2], [False, True]), ([3, 4], [False, True]))
+    assert variant("b", ([1, 2], [False, True]), ([3, 4], [False, True])) == base
+    others = {
+        variant("c", ([1, 2], [False, False]), ([3, 4], [False, True])),
+        variant("d", ([1, 2, 3], [False, True, False]), ([4], [False])),
+        variant("e", ([1, 5], [False, True]), ([3, 4], [False, True])),
+    }
+    assert base not in others and len(others) == 3
