@@ -1,0 +1,89 @@
+"""Parameters and FLOPs of a Nemotron decoder, in closed form. Imports neither torch nor Megatron.
+
+The FLOP convention is that of the Nemotron-4 report (arXiv 2406.11704, Table 2): 6 FLOPs per matrix weight and token
+for forward plus backward, norms and the input embedding not counted, attention over the full square of each segment
+(not halved for causality), recomputation not counted.
+
+    q = heads * head_dim     k = groups * head_dim     h = hidden_size
+    N = layers * (h * (q + 2k) + q * h + 2 * h * ffn)                     matrix weights of the layers
+    flops = 6 * tokens * N + 6 * logit_tokens * vocab * h + 12 * layers * q * squared_tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_align.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """Parameters of the whole model, without vocabulary padding."""
+
+    embedding: int  # input embedding
+    output: int  # output projection
+    layers: int  # matrix weights of the layers
+    norms: int  # weights and biases of every LayerNorm
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.output + self.layers + self.norms
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Channels of one attention head: `model.head_dim`, or hidden_size / num_attention_heads when that is null.
+
+    Raises ValueError when the division is not exact.
+    """
+    if model.head_dim is not None:
+        return model.head_dim
+    if model.hidden_size % model.num_attention_heads:
+        raise ValueError(
+            f"model.hidden_size={model.hidden_size} is not a multiple of "
+            f"model.num_attention_heads={model.num_attention_heads}: set model.head_dim"
+        )
+    return model.hidden_size // model.num_attention_heads
+
+
+def padded_vocab_size(model: ModelConfig, tensor: int) -> int:
+    """Rows of both embeddings: the vocabulary rounded up to make_vocab_size_divisible_by x tensor parallel size."""
+    multiple = model.make_vocab_size_divisible_by * tensor
+    return -(-model.vocab_size // multiple) * multiple
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Parameters by kind. Padding rows of the vocabulary are not counted: they depend on the layout."""
+    embedding = model.vocab_size * model.hidden_size
+    num_norms = 2 * model.num_layers + 1  # two in each layer and the final one
+    return ParameterCount(
+        embedding=embedding,
+        output=embedding,
+        layers=model.num_layers * _matrix_weights_of_a_layer(model),
+        norms=num_norms * 2 * model.hidden_size,
+    )
+
+
+def flops(
+    model: ModelConfig, *, tokens: int, squared_tokens: int, logit_tokens: int, causal: bool = False
+) -> int:
+    """Model FLOPs of forward plus backward; a forward pass alone is exactly a third (`// 3`).
+
+    tokens: real tokens that pass through the layers, prompts included.
+    squared_tokens: sum over segments of the squared segment length.
+    logit_tokens: positions whose logits are computed: `tokens` for a policy, 0 for a reward model.
+    causal: halve attention, as Megatron-LM counts it; the report does not.
+
+    A Python int: one step of the report's last phase (1.99e19) does not fit into int64.
+    """
+    tokens, squared_tokens, logit_tokens = int(tokens), int(squared_tokens), int(logit_tokens)
+    layers = 6 * tokens * model.num_layers * _matrix_weights_of_a_layer(model)
+    logits = 6 * logit_tokens * model.vocab_size * model.hidden_size
+    attention = 12 * model.num_layers * model.num_attention_heads * head_dim(model) * squared_tokens
+    return layers + logits + (attention // 2 if causal else attention)
+
+
+def _matrix_weights_of_a_layer(model: ModelConfig) -> int:
+    query = model.num_attention_heads * head_dim(model)
+    key = model.num_query_groups * head_dim(model)
+    attention = model.hidden_size * (query + 2 * key) + query * model.hidden_size
+    return attention + 2 * model.hidden_size * model.ffn_hidden_size
