@@ -89,7 +89,7 @@ def plan_step(
     fills = [sum(sizes[i] for i in members) for members in bins]
     length = _round_up(row_capacity if fixed_length else max(fills, default=1), pad_to)
     squares = (segments**2).sum(axis=1).tolist()
-    attention = [sum(squares[i] for i in members) + (length - fill) ** 2 for members, fill in zip(bins, fills)]
+    attention = [sum(squares[i] for i in members) + (length - fill) ** 2 for members, fill in zip(bins, fills, strict=True)]
     costs = [crossover_length * length + work for work in attention]
     num_empty = count * data_parallel - len(bins)
     ranks = _assign(costs, data_parallel, count)
