@@ -1,0 +1,1 @@
+"""Where a run runs: device, process groups, launch environment, seeds, signals, logging."""

@@ -1,0 +1,40 @@
+"""Fixtures of all tests: pools of worker processes, started when a test first asks for one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Several processes share few cores: one thread each, and before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.distributed.pool import WorkerPool  # noqa: E402
+
+
+def _pool(world_size: int) -> Iterator[WorkerPool]:
+    pool = WorkerPool(world_size)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool1() -> Iterator[WorkerPool]:
+    """One worker: for what must not leave process groups or the CPU facade behind in pytest's own process."""
+    yield from _pool(1)
+
+
+@pytest.fixture(scope="session")
+def pool2() -> Iterator[WorkerPool]:
+    """Two workers."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def pool4() -> Iterator[WorkerPool]:
+    """Four workers."""
+    yield from _pool(4)
