@@ -14,6 +14,7 @@ from nemo_align.model.initial_weights import generator_of, initialize_weights
 from nemo_align.model.layer_spec import decoder_spec
 from nemo_align.model.megatron import GPTModel
 from nemo_align.model.reward_head import RewardModel
+from nemo_align.model.rotary import PackedRotaryEmbedding
 from nemo_align.model.transformer_config import build_transformer_config
 from nemo_align.runtime.topology import Topology
 
@@ -57,7 +58,8 @@ def _build_chunk(
     reward_head: RewardConfig | None,
 ) -> GPTModel:
     vp_stage = virtual_stage if parallel.virtual_pipeline > 1 else None
-    arguments = dict(
+    model_class, reward_argument = (GPTModel, {}) if reward_head is None else (RewardModel, {"reward": reward_head})
+    chunk = model_class(
         config=config,
         transformer_layer_spec=decoder_spec(config, virtual_stage=vp_stage, pipeline_rank=topology.pipeline_rank),
         vocab_size=padded_vocab_size(model, parallel.tensor),
@@ -70,10 +72,16 @@ def _build_chunk(
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
+        **reward_argument,
     )
-    if reward_head is None:
-        return GPTModel(**arguments)
-    return RewardModel(**arguments, reward=reward_head)
+    if not config.apply_rope_fusion:
+        chunk.rotary_pos_emb = PackedRotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+        )
+    return chunk
 
 
 @torch.no_grad()

@@ -63,9 +63,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     )
 
 
-def flops(
-    model: ModelConfig, *, tokens: int, squared_tokens: int, logit_tokens: int, causal: bool = False
-) -> int:
+def flops(model: ModelConfig, *, tokens: int, squared_tokens: int, logit_tokens: int, causal: bool = False) -> int:
     """Model FLOPs of forward plus backward; a forward pass alone is exactly a third (`// 3`).
 
     tokens: real tokens that pass through the layers, prompts included.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -28,7 +29,7 @@ def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> SegmentedSequence:
     lengths = None
     if not cu_seqlens.is_cuda and not cu_seqlens.is_meta:
         boundaries = cu_seqlens.tolist()
-        lengths = tuple(end - begin for begin, end in zip(boundaries, boundaries[1:]) if end > begin)
+        lengths = tuple(end - begin for begin, end in pairwise(boundaries) if end > begin)
         assert boundaries[0] == 0 and sum(lengths) == boundaries[-1], f"boundaries must rise from 0: {boundaries}"
         assert max(lengths) <= max_seqlen, f"a segment of {max(lengths)} tokens is above max_seqlen={max_seqlen}"
     return SegmentedSequence(

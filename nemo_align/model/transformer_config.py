@@ -42,8 +42,8 @@ def build_transformer_config(
     Raises ValueError for a layout or precision that the model or the machine cannot have.
     """
     _check_layout(model, parallel)
-    dtype = PARAMETER_DTYPE[precision.dtype]
-    fields: dict[str, Any] = dict(
+    dtype = _parameter_dtype(precision)
+    return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -77,55 +77,62 @@ def build_transformer_config(
         **_fp8_fields(precision),
         **(_gpu_fields(parallel) if use_gpu() else _CPU_FIELDS),
     )
-    return TransformerConfig(**fields)
 
 
 # What Megatron-core's local layers and gloo need (each of these is a CUDA kernel or an NCCL call).
-_CPU_FIELDS: dict[str, Any] = dict(
-    use_cpu_initialization=True,
-    masked_softmax_fusion=False,
-    bias_dropout_fusion=False,
-    apply_rope_fusion=False,
-    gradient_accumulation_fusion=False,
-    persist_layer_norm=False,
+_CPU_FIELDS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
     # With the default, two ranks that are each other's neighbour on both sides (pipeline 2, interleaved) mix up
     # their tensors in silence on gloo.
-    batch_p2p_comm=False,
-    overlap_p2p_comm=False,
-)
+    "batch_p2p_comm": False,
+    "overlap_p2p_comm": False,
+}
 
 
 def _gpu_fields(parallel: ParallelConfig) -> dict[str, Any]:
     interleaved = parallel.virtual_pipeline > 1
-    return dict(
-        use_cpu_initialization=False,
-        masked_softmax_fusion=True,
-        bias_dropout_fusion=False,  # nothing to fuse: no bias, no dropout
-        apply_rope_fusion=True,
+    return {
+        "transformer_impl": "transformer_engine",
+        "use_cpu_initialization": False,
+        "masked_softmax_fusion": True,
+        "bias_dropout_fusion": False,  # nothing to fuse: no bias, no dropout
+        "apply_rope_fusion": True,
         # Megatron-core's own linear layer (the output projection) needs this extension of Apex for it and fails
         # without; Transformer Engine's layers follow the same switch.
-        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        persist_layer_norm=True,
-        batch_p2p_comm=not interleaved,
-        overlap_p2p_comm=interleaved,
-    )
+        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        "persist_layer_norm": True,
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
+    }
 
 
 def _recompute_fields(parallel: ParallelConfig) -> dict[str, Any]:
     if parallel.recompute == "none":
         return {}
     if parallel.recompute == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if parallel.recompute == "full":
-        return dict(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=parallel.recompute_layers
-        )
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": parallel.recompute_layers,
+        }
     raise ValueError(f"parallel.recompute={parallel.recompute!r}: one of none, selective, full")
 
 
-def _fp8_fields(precision: PrecisionConfig) -> dict[str, Any]:
+def _parameter_dtype(precision: PrecisionConfig) -> torch.dtype:
     if precision.dtype not in PARAMETER_DTYPE:
         raise ValueError(f"precision.dtype={precision.dtype!r}: one of {', '.join(PARAMETER_DTYPE)}")
+    return PARAMETER_DTYPE[precision.dtype]
+
+
+def _fp8_fields(precision: PrecisionConfig) -> dict[str, Any]:
     if precision.fp8 == "none":
         return {}
     if precision.fp8 not in FP8_RECIPES:
@@ -134,7 +141,7 @@ def _fp8_fields(precision: PrecisionConfig) -> dict[str, Any]:
         raise ValueError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16, which is {precision.dtype}")
     if not use_gpu():
         raise ValueError(f"precision.fp8={precision.fp8} needs a GPU and Transformer Engine: set precision.fp8=none")
-    return dict(fp8="hybrid", fp8_recipe=precision.fp8, **FP8_RECIPES[precision.fp8])
+    return {"fp8": "hybrid", "fp8_recipe": precision.fp8, **FP8_RECIPES[precision.fp8]}
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -149,7 +156,9 @@ def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"model.num_query_groups={groups} does not divide model.num_attention_heads={model.num_attention_heads}"
         )
     if groups % tensor and tensor % groups:
-        raise ValueError(f"parallel.tensor={tensor} neither divides model.num_query_groups={groups} nor is its multiple")
+        raise ValueError(
+            f"parallel.tensor={tensor} neither divides model.num_query_groups={groups} nor is its multiple"
+        )
     if model.ffn_hidden_size % tensor:
         raise ValueError(f"parallel.tensor={tensor} does not divide model.ffn_hidden_size={model.ffn_hidden_size}")
     if model.num_layers % chunks:
