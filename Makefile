@@ -1,0 +1,74 @@
+# Each target does its own set-up in .venv; a second call finds it done. Needs Python 3.11 or newer, with venv.
+#   make quickstart   the whole recipe on real data, without a GPU
+#   make test         the tests
+#
+# PYTHON=...    interpreter to build .venv with
+# PIP_ARGS=...  more options for pip, such as another index for torch
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3 python,$(shell command -v $(name))))
+PYTHON_312 ?= python3.12
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := data/quickstart
+RECIPE := +experiment=quickstart/recipe
+
+# What each environment needs beyond the package itself.
+EXTRAS_quickstart := quickstart,report
+EXTRAS_test := dev,quickstart,report,tracking
+EXTRAS_lint := dev
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help quickstart quickstart-short quickstart-data test test-312 lint format clean
+
+help:
+	@sed -n '2,/^SHELL/{/^#/s/^# \{0,1\}//p}' Makefile
+
+# .ready-<set> is written when the extras of that set are installed.
+$(VENV)/.ready-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "-- installing nemo_align[$(EXTRAS_$*)] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS_$*)]'
+	@touch $@
+
+$(BIN)/python:
+	@echo "-- creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"nemo_align needs Python 3.11 or newer, not {sys.version.split()[0]}: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(DATA)/manifest.json: $(wildcard tools/quickstart_data.py tools/quickstart/*.py) | $(VENV)/.ready-quickstart
+	@$(BIN)/python tools/quickstart_data.py --output $(DATA)
+
+quickstart-data: $(DATA)/manifest.json
+
+quickstart: $(VENV)/.ready-quickstart $(DATA)/manifest.json
+	$(BIN)/nemo-align pipeline $(RECIPE)
+
+# Every stage and hand-off of the recipe, a few steps each.
+quickstart-short: $(VENV)/.ready-quickstart $(DATA)/manifest.json
+	$(BIN)/nemo-align pipeline $(RECIPE) experiment=quickstart/short 'overrides=[train.max_steps=4]'
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The other end of the supported range: megatron-core 0.19 needs Python 3.12.
+test-312:
+	$(MAKE) test VENV=.venv-312 PYTHON=$(PYTHON_312) PIP_ARGS='$(PIP_ARGS)' PYTEST_ARGS='$(PYTEST_ARGS)'
+
+lint: $(VENV)/.ready-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ready-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-312 build dist .pytest_cache .ruff_cache .import_linter_cache
