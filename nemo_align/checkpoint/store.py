@@ -1,0 +1,235 @@
+"""The checkpoints of a run directory: where they lie, which is whole, publishing, retention, and finding one by path.
+
+A checkpoint is written into `<run_dir>/checkpoints/.tmp-*` and renamed to `step_<7 digits>` when all of it is on disk,
+so a crash leaves either the whole checkpoint or a `.tmp-*` that the next save removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_align.checkpoint.manifest import (
+    MANIFEST_FILE,
+    check_checksums,
+    check_sizes,
+    flush_file,
+    read_manifest,
+)
+
+CHECKPOINTS = "checkpoints"
+TEMPORARY = ".tmp-"
+REPLACED = ".replaced"  # suffix of a whole checkpoint while a new one of the same step takes its place
+_STEP = re.compile(r"step_(\d{7,})$")
+_SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 16, 1 << 26
+
+logger = logging.getLogger("nemo_align")
+
+
+@dataclass(frozen=True)
+class CheckpointReference:
+    """Weights to start from, found by `resolve`."""
+
+    kind: str  # megatron | hf
+    path: Path
+    manifest: dict | None  # of a Megatron checkpoint
+
+
+def checkpoint_path(run_dir: Path | str, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
+    return Path(run_dir) / CHECKPOINTS / f"step_{step:07d}"
+
+
+def newest_complete(run_dir: Path | str, *, checksums: bool = True) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are skipped with a warning. None if there is none.
+
+    `checksums` reads every file (about a second per GB); without it only presence and sizes are checked.
+    """
+    for path in candidates(run_dir):
+        problems = find_problems(path, checksums=checksums)
+        if not problems:
+            return path
+        warn_skipped(path, problems)
+    return None
+
+
+def candidates(run_dir: Path | str) -> list[Path]:
+    """Published checkpoints, whole or not, newest first. One that was being replaced comes after its successor."""
+    folder = Path(run_dir) / CHECKPOINTS
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = path.name.removesuffix(REPLACED)
+        if (match := _STEP.match(name)) and path.is_dir():
+            found.append((int(match[1]), path.name == name, path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def find_problems(path: Path, *, checksums: bool) -> list[str]:
+    """What is wrong with the checkpoint in `path`; empty when it is whole."""
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        return [str(error)]
+    return check_sizes(path, manifest) or (
+        check_checksums(path, manifest, list(manifest["files"])) if checksums else []
+    )
+
+
+def warn_skipped(path: Path, problems: list[str]) -> None:
+    """Say why a checkpoint is passed over for an older one."""
+    logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems[:3]))
+
+
+def begin(run_dir: Path | str, step: int) -> Path:
+    """A new temporary folder to write the checkpoint of `step` into; what crashed saves left is removed."""
+    folder = Path(run_dir) / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    temporary = folder / f"{TEMPORARY}step_{step:07d}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, target: Path) -> Path:
+    """Make the finished folder `temporary` the checkpoint `target`, atomically and durably.
+
+    A checkpoint of that step that exists already (a damaged one, or a periodic save where the stage now ends) steps
+    aside first, under a name by which `newest_complete` still finds it should we die between the two renames.
+    """
+    for path in sorted(temporary.rglob("*")):
+        flush_file(path)
+    flush_file(temporary)
+    aside = target.with_name(target.name + REPLACED)
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(temporary, target)
+    flush_file(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def apply_retention(run_dir: Path | str, keep_last: int) -> list[Path]:
+    """Delete old periodic checkpoints; returns the deleted.
+
+    Kept: every final one, the newest `keep_last` whole periodic ones, and always the newest whole one. A damaged one
+    is deleted only when a whole one that is newer stays.
+    """
+    kept, doomed, periodic = [], [], 0
+    for path in candidates(run_dir):
+        if find_problems(path, checksums=False):
+            if kept:
+                doomed.append(path)
+            continue
+        if not read_manifest(path)["final"]:
+            periodic += 1
+            if kept and periodic > keep_last:
+                doomed.append(path)
+                continue
+        kept.append(path)
+    for path in doomed:
+        _remove(path)
+    return doomed
+
+
+def resolve(path: Path | str) -> CheckpointReference:
+    """Find the weights a user names: a run directory (its newest whole checkpoint), a checkpoint, or a HF folder.
+
+    Raises:
+        ValueError: nothing there, with the nearest paths that exist, or a folder that is none of the three.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; {_nearest(path)}")
+    if (path / MANIFEST_FILE).exists() and (path / "metadata.json").exists():
+        manifest = read_manifest(path)
+        if problems := check_sizes(path, manifest):
+            raise ValueError(f"checkpoint {path} is damaged: {'; '.join(problems[:3])}; use an older one")
+        return CheckpointReference("megatron", path, manifest)
+    run_dir = path.parent if path.name == CHECKPOINTS else path
+    if (run_dir / CHECKPOINTS).is_dir():
+        newest = newest_complete(run_dir)
+        if newest is None:
+            raise ValueError(f"{run_dir} has no complete checkpoint: let the run write one, or name another")
+        return CheckpointReference("megatron", newest, read_manifest(newest))
+    if (path / "config.json").is_file():
+        if not any(path.glob("*.safetensors")):
+            others = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "no weights"
+            raise ValueError(
+                f"{path} is a Hugging Face folder without .safetensors ({others}): pickled weights are not read, "
+                "save them again with safe_serialization=True"
+            )
+        return CheckpointReference("hf", path, None)
+    if (path / "metadata.json").exists():
+        raise ValueError(
+            f"{path} is a Megatron checkpoint without {MANIFEST_FILE}: its save was cut off, or another program wrote it"
+        )
+    raise ValueError(
+        f"{path} is not a run directory (no {CHECKPOINTS}/), a checkpoint (no {MANIFEST_FILE}) "
+        f"or a Hugging Face folder (no config.json); it holds {_listing(path)}"
+    )
+
+
+def manifest_hash(reference: CheckpointReference | Path | str) -> str:
+    """A short fingerprint of a checkpoint's weights, for caches that depend on them.
+
+    Megatron: of the manifest, which holds every file's checksum. Hugging Face: of config.json and, per safetensors
+    file, name, size, header and 64 KiB of every 64 MiB (reading 680 GB for a cache key would cost more than it saves).
+    """
+    if not isinstance(reference, CheckpointReference):
+        reference = resolve(reference)
+    digest = hashlib.blake2b(digest_size=16)
+    if reference.kind == "megatron":
+        digest.update((reference.path / MANIFEST_FILE).read_bytes())
+        return digest.hexdigest()
+    digest.update((reference.path / "config.json").read_bytes())
+    for path in sorted(reference.path.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with open(path, "rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(header, size)))
+            for offset in range(8 + header, size, _SAMPLE_EVERY):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what saves that died left behind; put back a checkpoint whose replacement was not published."""
+    for path in folder.iterdir():
+        if path.name.startswith(TEMPORARY):
+            logger.info("removing %s, left by a save that did not finish", path)
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.endswith(REPLACED):
+            if (original := path.with_name(path.name.removesuffix(REPLACED))).exists():
+                _remove(path)
+            else:
+                os.rename(path, original)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that one half deleted is never taken for a whole one: renamed first."""
+    doomed = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _nearest(path: Path) -> str:
+    """What exists around a path that does not."""
+    parent = next(candidate for candidate in path.absolute().parents if candidate.is_dir())
+    return f"the nearest folder that exists is {parent}, which holds {_listing(parent)}"
+
+
+def _listing(folder: Path, most: int = 8) -> str:
+    names = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
+    return (
+        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        if names
+        else "nothing"
+    )
