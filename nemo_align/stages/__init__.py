@@ -1,0 +1,1 @@
+"""One short file per verb: which data, which objective, which initial weights."""

@@ -1,0 +1,70 @@
+"""`reward`: masked mean squared error on named attributes (HelpSteer2, arXiv 2406.08673; 2406.11704, section 3.1).
+
+A linear head in fp32 reads the hidden state of the reward token that ends each rated response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from nemo_align.config.stages import RewardStageConfig
+from nemo_align.data.batch import Batch
+from nemo_align.data.regression import tokenize_regression
+from nemo_align.data.source import StepSource
+from nemo_align.objectives.output import ObjectiveOutput
+from nemo_align.objectives.regression import metric_names, read_predictions, regression
+from nemo_align.objectives.regression_metrics import regression_metrics
+from nemo_align.runtime.signals import StopRequest
+from nemo_align.runtime.topology import Topology
+from nemo_align.stages.rows import cache_directory, num_examples, row_source, tokenize_all
+from nemo_align.training.run import run_training
+from nemo_align.training.session import open_session
+from nemo_align.training.task import Task
+
+
+class RegressionObjective:
+    """Squared error of every given label, divided by their global number."""
+
+    def __init__(self, attributes: list[str]) -> None:
+        self.attributes = attributes
+        self.metric_names = metric_names(attributes)
+
+    def __call__(self, output: Tensor, batch: Batch) -> ObjectiveOutput:
+        return regression(read_predictions(output, batch.read_positions), batch.targets["labels"], self.attributes)
+
+
+def run(config: RewardStageConfig, topology: Topology, stop: StopRequest) -> None:
+    """Train a multi-attribute reward model."""
+    session = open_session(config, topology, stop, reward=config.reward, load_head=config.reward.load_head)
+
+    def tokenize(rows):
+        return tokenize_regression(
+            config.data,
+            rows,
+            session.tokenizer,
+            config.reward.attributes,
+            cache_dir=cache_directory(session),
+            seed=config.runtime.seed,
+        )
+
+    train, validation = tokenize_all(session, tokenize)
+    training_mean = np.nanmean(train.targets["labels"], axis=0)
+
+    def set_metrics(examples: Mapping[str, np.ndarray], source: StepSource) -> dict[str, float]:
+        labels = source.targets["labels"][examples["index"].astype(np.int64)]
+        return regression_metrics(examples["predictions"], labels, config.reward.attributes, training_mean)
+
+    task = Task(
+        verb="reward",
+        tokenizer=session.tokenizer,
+        objective=RegressionObjective(config.reward.attributes),
+        train=row_source(session, train, kind="rated responses"),
+        validation={name: row_source(session, rows, kind="rated responses") for name, rows in validation.items()},
+        set_metrics=set_metrics,
+        reward=config.reward,
+        computes_logits=False,
+    )
+    run_training(session, task, num_examples(config, len(train)))

@@ -1,0 +1,203 @@
+"""The training loop of every stage. It does not know which stage it runs: a `Task` says what is learnt on what.
+
+Order of a step: next batch -> forward and backward through the pipeline schedule -> is everything finite? ->
+optimizer step -> metrics -> save or validate when due -> was a stop asked for?
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+import torch
+
+from nemo_align.checkpoint.megatron import load_training, save
+from nemo_align.checkpoint.store import apply_retention, newest_complete
+from nemo_align.config.stages import TrainStageConfig
+from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
+from nemo_align.training.batch_schedule import BatchSchedule
+from nemo_align.training.forward import validate
+from nemo_align.training.forward_totals import ForwardTotals, Stopped
+from nemo_align.training.optimizer import ScheduleLength, build_optimizer, learning_rate, wrap_data_parallel
+from nemo_align.training.schedule_step import StepOutcome, run_step
+from nemo_align.training.session import Session
+from nemo_align.training.state import TrainState
+from nemo_align.training.task import Task
+from nemo_align.training.telemetry import Telemetry
+
+logger = logging.getLogger("nemo_align")
+
+
+class Trainer:
+    """Model, optimizer, schedule and state of one stage, from its first step or from where it stopped."""
+
+    def __init__(self, session: Session, task: Task, batches: BatchSchedule, num_examples: int) -> None:
+        """`num_examples`: examples that the learning-rate schedule spans."""
+        config = session.config
+        assert isinstance(config, TrainStageConfig)
+        self.config = config
+        self.session = session
+        self.topology = session.topology
+        self.task = task
+        self.batches = batches
+        self.num_examples = num_examples
+        self.num_steps = batches.steps_for(num_examples)
+        if config.train.max_steps is not None:
+            self.num_steps = min(self.num_steps, config.train.max_steps)
+        self.model_chunks = wrap_data_parallel(session.model_chunks, config.parallel, config.precision)
+        self.optimizer, self.scheduler = build_optimizer(
+            self.model_chunks, config.optimizer, config.parallel, config.precision, self._schedule_length()
+        )
+        self.state = TrainState(data_fingerprint=task.train.fingerprint)
+        self.validation_totals = ForwardTotals()
+        self._counted_until = session.opened
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; returns the held-out metrics there. Exits the process, after saving, when asked to stop."""
+        resumed = self._resume()
+        self.telemetry = Telemetry(self.session, self.task, self.num_steps, self.state)
+        try:
+            if not resumed:
+                self._load_initial_optimizer()
+                if self.config.train.validate_at_start:
+                    self.state.first_validation = self._validate()
+            while self.state.step < self.num_steps:
+                self._step()
+                if self.session.stop.agreed(self.topology):
+                    raise Stopped
+                if self.state.step == self.num_steps:
+                    break
+                if self._due(self.config.train.validate_every):
+                    self._validate()
+                if self._due(self.config.checkpoint.save_every):
+                    self._save()
+            last_validation = self._validate()
+        except Stopped:
+            self._save()
+            logger.info("stopped by a signal at step %d of %d: saved", self.state.step, self.num_steps)
+            self.telemetry.close()
+            raise SystemExit(STOPPED_AFTER_SAVING) from None
+        self._save(final=True)
+        return last_validation
+
+    def _step(self) -> None:
+        begin = time.perf_counter()
+        size = min(self.batches.batch_size(self.state.consumed_examples), self.num_examples - self.state.consumed_examples)
+        step = self.task.train.step(self.state.consumed_examples, size)
+        for chunk in self.model_chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outcome = run_step(self.model_chunks, step, self.task.objective, self.topology)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        # The schedule counts examples, so its position after this batch gives the rate of this batch's update.
+        self.scheduler.step(size)
+        if self._is_finite(outcome, grad_norm):
+            self.optimizer.step()
+        self.state.step += 1
+        self.state.consumed_examples += size
+        self.state.tokens += step.plan.real_tokens
+        seconds = time.perf_counter() - begin
+        self.state.train_seconds += seconds
+        self.telemetry.train_step(
+            step.plan, {**outcome.metrics, "grad_norm": grad_norm, "lr": learning_rate(self.optimizer)}, seconds
+        )
+
+    def _is_finite(self, outcome: StepOutcome, grad_norm: float) -> bool:
+        """Whether the update may be applied; the same answer on every rank, as loss and norm are reduced over all."""
+        loss = outcome.metrics.get("loss", 0.0)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return True
+        where = f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}"
+        if self.config.train.nonfinite == "error":
+            raise ValueError(
+                f"{where}: stopped before the update; the last checkpoint is good. Lower optimizer.lr, look at the "
+                "rows of this step, or set train.nonfinite=skip to leave such steps out"
+            )
+        self.state.skipped_steps += 1
+        logger.warning("%s: update skipped (%d so far)", where, self.state.skipped_steps)
+        return False
+
+    def _validate(self) -> dict[str, float]:
+        if not self.task.validation:
+            return {}
+        self.telemetry.progress.pause()
+        metrics = validate(
+            self.model_chunks,
+            self.task.validation,
+            self.task.objective,
+            self.topology,
+            self.session.stop,
+            self.validation_totals,
+            batch_size=self.config.train.global_batch_size,
+            set_metrics=self.task.set_metrics,
+        )
+        self.telemetry.validation(self.state.step, metrics)
+        self.telemetry.progress.resume()
+        return metrics
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0
+
+    def _save(self, *, final: bool = False) -> None:
+        now = time.monotonic()
+        self.state.seconds += now - self._counted_until
+        self._counted_until = now
+        self.telemetry.progress.pause()
+        save(
+            self.session.run_dir,
+            self.state.step,
+            model_chunks=self.model_chunks,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            state=self.state.to_dict(),
+            topology=self.topology,
+            verb=self.task.verb,
+            model_config=self.config.model,
+            reward_config=self.task.reward,
+            dtype=self.config.precision.dtype,
+            tokenizer=self.task.tokenizer,
+            final=final,
+        )
+        if self.topology.is_main:
+            apply_retention(self.session.run_dir, self.config.checkpoint.keep_last)
+        self.telemetry.progress.resume()
+
+    def _resume(self) -> bool:
+        # One rank looks, as verifying reads the whole checkpoint, and all take its word.
+        found = [newest_complete(self.session.run_dir) if self.topology.is_main else None]
+        torch.distributed.broadcast_object_list(found, src=0)
+        newest = found[0]
+        if newest is None:
+            return False
+        values = load_training(newest, self.model_chunks, self.optimizer, self.scheduler, self.topology)
+        self.state = TrainState.from_dict(values)
+        if self.state.data_fingerprint != self.task.train.fingerprint:
+            raise ValueError(
+                f"the training data changed since the checkpoint {newest}: a resumed run would read other rows than the "
+                "ones it skips. Restore the data and data.* settings, or start in another run_dir with "
+                f"checkpoint.init_from={newest}"
+            )
+        logger.info("resumed %s at step %d of %d", newest, self.state.step, self.num_steps)
+        return True
+
+    def _load_initial_optimizer(self) -> None:
+        """Adam's moments of the checkpoint that the stage starts from, if asked for; the schedule starts anew."""
+        if not self.config.checkpoint.load_optimizer:
+            return
+        assert self.session.initial is not None and self.session.initial.kind == "megatron"
+        load_training(self.session.initial.path, self.model_chunks, self.optimizer, None, self.topology)
+        logger.info("optimizer state carried over from %s", self.session.initial.path)
+
+    def _schedule_length(self) -> ScheduleLength:
+        optimizer = self.config.optimizer
+        warmup = min(self.batches.examples_after(optimizer.warmup_steps), self.num_examples)
+        if optimizer.schedule == "wsd":
+            decay_steps = optimizer.decay_steps if optimizer.decay_steps is not None else max(1, self.num_steps // 10)
+            # The decay ends with the stage; its length is that of the stage's last batches.
+            begin = self.batches.examples_after(self.batches.steps_for(self.num_examples) - decay_steps)
+            return ScheduleLength(warmup=warmup, decay=self.num_examples, wsd_decay=self.num_examples - begin)
+        if optimizer.decay_steps is not None:
+            return ScheduleLength(warmup=warmup, decay=self.batches.examples_after(optimizer.decay_steps))
+        return ScheduleLength(warmup=warmup, decay=self.num_examples)

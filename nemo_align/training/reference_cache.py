@@ -1,0 +1,109 @@
+"""Reference log-probabilities on disk, computed once per stage (design: one model in memory, never two).
+
+Layout: `<cache>/reference/<key>/part_<n>.npz` with arrays `fingerprints` [n, 16] uint8 and one float32 array [n] per
+name, plus `about.json`. The key covers what changes the values: the checkpoint's manifest, number formats and
+kernels. A parallel layout changes them only by rounding, so another layout reuses them with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemo_align.runtime.topology import Topology
+
+logger = logging.getLogger("nemo_align")
+
+
+class ReferenceCache:
+    """Per-example float32 values keyed by the 16-byte fingerprint of the example's tokens and mask."""
+
+    def __init__(self, root: Path, *, identity: dict[str, str], layout: dict[str, int], names: tuple[str, ...]) -> None:
+        """`identity`: all that the values depend on. `names`: the values stored for each example."""
+        key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.directory = Path(root) / "reference" / key
+        self.names = names
+        self._identity = identity
+        self._layout = layout
+        self._values: dict[bytes, tuple[float, ...]] = {}
+        self._num_parts = 0
+
+    def share(self, topology: Topology) -> int:
+        """Load on rank 0 and give every rank the same, so that all agree on what is missing; returns the count."""
+        if topology.is_main:
+            self.load()
+        shared = [self._values, self._num_parts]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        self._values, self._num_parts = shared
+        return len(self._values)
+
+    def load(self) -> int:
+        """Read what earlier runs computed; returns the number of examples known. A damaged part is left out."""
+        self._values.clear()
+        parts = sorted(self.directory.glob("part_*.npz"))
+        self._num_parts = 1 + max((int(part.stem.removeprefix("part_")) for part in parts), default=-1)
+        for part in parts:
+            try:
+                with np.load(part, allow_pickle=False) as arrays:
+                    fingerprints = np.ascontiguousarray(arrays["fingerprints"])
+                    columns = [arrays[name] for name in self.names]
+            except Exception as error:  # whatever a damaged zip raises: its examples are computed again
+                logger.warning("reference log-probabilities in %s cannot be read (%s): computed again", part, error)
+                continue
+            for row, values in zip(fingerprints, zip(*columns, strict=True), strict=True):
+                self._values[row.tobytes()] = tuple(float(value) for value in values)
+        self._warn_of_layout()
+        return len(self._values)
+
+    def __contains__(self, fingerprint: bytes) -> bool:
+        return fingerprint in self._values
+
+    def add(self, fingerprints: Iterable[bytes], columns: dict[str, np.ndarray], *, write: bool) -> None:
+        """Keep one float32 value of each name per fingerprint; with `write` also publish them as a new part."""
+        fingerprints = list(fingerprints)
+        ordered = [np.asarray(columns[name], dtype=np.float32) for name in self.names]
+        for fingerprint, values in zip(fingerprints, zip(*ordered, strict=True), strict=True):
+            self._values[fingerprint] = tuple(float(value) for value in values)
+        if write and fingerprints:
+            self._publish(fingerprints, ordered)
+        self._num_parts += 1
+
+    def columns(self, fingerprints: Iterable[bytes]) -> dict[str, np.ndarray]:
+        """float32 arrays, one per name, in the order of `fingerprints`, which must all be known."""
+        rows = np.array([self._values[fingerprint] for fingerprint in fingerprints], dtype=np.float32)
+        rows = rows.reshape(-1, len(self.names))
+        return {name: rows[:, column].copy() for column, name in enumerate(self.names)}
+
+    def _publish(self, fingerprints: list[bytes], ordered: list[np.ndarray]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        about = self.directory / "about.json"
+        if not about.exists():
+            about.write_text(json.dumps({"identity": self._identity, "layout": self._layout}, indent=2) + "\n")
+        part = self.directory / f"part_{self._num_parts:06d}.npz"
+        pending = part.with_suffix(".pending")
+        with pending.open("wb") as file:
+            keys = np.frombuffer(b"".join(fingerprints), dtype=np.uint8).reshape(len(fingerprints), -1)
+            np.savez(file, fingerprints=keys, **dict(zip(self.names, ordered, strict=True)))
+            file.flush()
+            os.fsync(file.fileno())
+        pending.rename(part)
+
+    def _warn_of_layout(self) -> None:
+        about = self.directory / "about.json"
+        if not self._values or not about.exists():
+            return
+        earlier = json.loads(about.read_text())["layout"]
+        if earlier != self._layout:
+            logger.warning(
+                "reference log-probabilities were computed under the layout %s and are reused under %s: "
+                "they agree to rounding, so the first loss may differ from its closed form by as much",
+                earlier,
+                self._layout,
+            )

@@ -1,0 +1,41 @@
+"""One stage from its initial weights to its result: the last lines of every training verb."""
+
+from __future__ import annotations
+
+import logging
+
+from nemo_align.checkpoint.huggingface import export_hf
+from nemo_align.checkpoint.store import checkpoint_path
+from nemo_align.training.batch_schedule import BatchSchedule
+from nemo_align.training.loop import Trainer
+from nemo_align.training.session import Session
+from nemo_align.training.task import Task
+
+logger = logging.getLogger("nemo_align")
+
+
+def run_training(
+    session: Session, task: Task, num_examples: int, *, batches: BatchSchedule | None = None
+) -> None:
+    """Train on `num_examples` examples, save, export if asked for, and write result.json.
+
+    `batches`: the batch schedule when it has a ramp; by default every batch has `train.global_batch_size` examples.
+    """
+    config = session.config
+    trainer = Trainer(session, task, batches or BatchSchedule(config.train), num_examples)
+    logger.info(
+        "%s: %d %s, %d steps of %d, layout %s",
+        config.experiment,
+        num_examples,
+        task.train.kind,
+        trainer.num_steps,
+        config.train.global_batch_size,
+        session.topology.layout(),
+    )
+    validation = trainer.run()
+    exported = None
+    if config.checkpoint.export_hf:
+        exported = "hf"
+        if session.topology.is_main:
+            export_hf(checkpoint_path(session.run_dir, trainer.state.step), session.run_dir / exported)
+    trainer.telemetry.finish(validation, trainer.validation_totals, hf=exported)
