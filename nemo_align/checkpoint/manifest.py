@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of the checkpoint in `folder`, its keys and file names checked.
 
     Raises:
-        ValueError: no manifest, broken JSON, a key missing, another format version, or a file name that leaves the folder.
+        ValueError: no manifest, broken JSON, a key missing, another format version, a file name leaving the folder.
     """
     path = Path(folder) / MANIFEST_FILE
     try:

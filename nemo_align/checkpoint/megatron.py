@@ -41,8 +41,8 @@ def save(
     step: int,
     *,
     model_chunks: list[torch.nn.Module],
-    optimizer,  # noqa: ANN001 - MegatronOptimizer | None
-    scheduler,  # noqa: ANN001 - anything with state_dict() | None
+    optimizer,  # MegatronOptimizer | None
+    scheduler,  # anything with state_dict() | None
     state: dict,
     topology: Topology,
     verb: str,
@@ -110,7 +110,7 @@ def load_weights(
     """Load the weights of a Megatron checkpoint under any layout and vocabulary padding (padding rows become zero).
 
     Load before the optimizer is built: it copies the weights. A reward model starts from a policy without a head: the
-    head stays as initialised and the policy's output layer unread. From another reward model, `load_head` takes its head.
+    head stays as initialised and the policy's output layer unread. `load_head` takes the head of a reward model too.
 
     Args:
         verify: check all files against the manifest's checksums first, shared over the ranks.
@@ -119,7 +119,7 @@ def load_weights(
         ValueError: damaged files; missing, unexpected or differently shaped tensors, listed; a reward model where a
             policy is asked for; `load_head` without a head in the checkpoint.
     """
-    assert reference.kind == "megatron" and reference.manifest is not None, reference
+    assert reference.kind == "megatron", reference
     if verify:
         _verify(reference.path, reference.manifest, topology)
     content = sharded_state.model_state(model_chunks, None)
@@ -141,8 +141,8 @@ def load_weights(
 def load_training(
     path: Path,
     model_chunks: list[torch.nn.Module],
-    optimizer,  # noqa: ANN001 - MegatronOptimizer
-    scheduler,  # noqa: ANN001 - anything with load_state_dict() | None
+    optimizer,  # MegatronOptimizer
+    scheduler,  # anything with load_state_dict() | None
     topology: Topology,
     *,
     verify: bool = True,
@@ -156,7 +156,7 @@ def load_training(
         ValueError: damaged files, no optimizer state, or a layout that the save cannot serve, with the remedy.
     """
     reference = store.resolve(path)
-    assert reference.kind == "megatron" and reference.manifest is not None, reference
+    assert reference.kind == "megatron", reference
     manifest = reference.manifest
     sharding = _check_layout(reference.path, manifest, optimizer, topology)
     if verify:
@@ -243,7 +243,7 @@ def _damage(path: Path, manifest: dict, topology: Topology) -> list[str]:
     return [problem for part in gather(problems) for problem in part]
 
 
-def _check_layout(path: Path, manifest: dict, optimizer, topology: Topology) -> str:  # noqa: ANN001
+def _check_layout(path: Path, manifest: dict, optimizer, topology: Topology) -> str:
     """The sharding to load the optimizer with. Refuses what the save cannot serve."""
     saved = manifest["optimizer_sharding"]
     distributed = sharded_state.sharding_of(optimizer, final=False) != "replicated"
@@ -254,7 +254,8 @@ def _check_layout(path: Path, manifest: dict, optimizer, topology: Topology) -> 
     if (saved == "replicated") == distributed:
         raise ValueError(
             f"{path} was saved {'without' if saved == 'replicated' else 'with'} the distributed optimizer: set "
-            f"parallel.distributed_optimizer={str(not distributed).lower()}, or take the weights alone (checkpoint.init_from)"
+            f"parallel.distributed_optimizer={str(not distributed).lower()}, or take the weights alone with "
+            "checkpoint.init_from"
         )
     layout, now = manifest["layout"], topology.layout()
     if saved == "dp_reshardable" and any(layout[key] != now[key] for key in _SAME_MODEL_SPLIT):
@@ -262,8 +263,8 @@ def _check_layout(path: Path, manifest: dict, optimizer, topology: Topology) -> 
         wanted = " ".join(f"parallel.{key}={now[key]}" for key in _SAME_MODEL_SPLIT)
         raise ValueError(
             f"{path} is a periodic save under {names}: its optimizer state loads only under these (any parallel.data), "
-            f"not under {wanted}. Resume with {names} until the end of the stage, whose final checkpoint loads under any "
-            "layout, or start a new run_dir from the weights with checkpoint.init_from"
+            f"not under {wanted}. Resume with {names} until the end of the stage, whose final checkpoint loads under "
+            "any layout, or start a new run_dir from the weights with checkpoint.init_from"
         )
     return saved
 

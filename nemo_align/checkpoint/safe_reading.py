@@ -48,7 +48,7 @@ _DTYPES = {name: value for name in dir(torch) if isinstance(value := getattr(tor
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):  # noqa: ANN201 - whatever class the table holds
+    def find_class(self, module: str, name: str):
         if (module, name) in _METADATA_CLASSES:
             return _METADATA_CLASSES[module, name]
         if module == "torch" and name in _DTYPES:
@@ -97,7 +97,7 @@ def restricted_reading() -> Iterator[None]:
         metadata.storage_meta.load_id = reader.load_id
         return metadata
 
-    def load(*args, **kwargs):  # noqa: ANN202 - torch.load's
+    def load(*args, **kwargs):
         # Said explicitly: an environment variable can turn torch's default off, never an explicit value.
         return unrestricted_load(*args, **{**kwargs, "weights_only": True})
 

@@ -159,7 +159,7 @@ def drop(state: dict, keys: set[str]) -> None:
 
 
 def requested_shapes(state: dict) -> dict[str, tuple | None]:
-    """{key: (global shape, whether rows may differ)} of what this rank asks for; None for objects that are not tensors."""
+    """{key: (global shape, whether rows may differ)} of what this rank asks for; None for what is not a tensor."""
     shapes: dict[str, tuple | None] = {}
     for value in nested_values(state):
         if isinstance(value, ShardedTensor):

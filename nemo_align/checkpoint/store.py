@@ -166,9 +166,7 @@ def resolve(path: Path | str) -> CheckpointReference:
             )
         return CheckpointReference("hf", path, None)
     if (path / "metadata.json").exists():
-        raise ValueError(
-            f"{path} is a Megatron checkpoint without {MANIFEST_FILE}: its save was cut off, or another program wrote it"
-        )
+        raise ValueError(f"{path} is a Megatron checkpoint without {MANIFEST_FILE}: cut off, or not written by us")
     raise ValueError(
         f"{path} is not a run directory (no {CHECKPOINTS}/), a checkpoint (no {MANIFEST_FILE}) "
         f"or a Hugging Face folder (no config.json); it holds {_listing(path)}"
@@ -228,8 +226,5 @@ def _nearest(path: Path) -> str:
 
 def _listing(folder: Path, most: int = 8) -> str:
     names = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
-    return (
-        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-        if names
-        else "nothing"
-    )
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "nothing"
