@@ -89,7 +89,9 @@ def plan_step(
     fills = [sum(sizes[i] for i in members) for members in bins]
     length = _round_up(row_capacity if fixed_length else max(fills, default=1), pad_to)
     squares = (segments**2).sum(axis=1).tolist()
-    attention = [sum(squares[i] for i in members) + (length - fill) ** 2 for members, fill in zip(bins, fills, strict=True)]
+    attention = [
+        sum(squares[i] for i in members) + (length - fill) ** 2 for members, fill in zip(bins, fills, strict=True)
+    ]
     costs = [crossover_length * length + work for work in attention]
     num_empty = count * data_parallel - len(bins)
     ranks = _assign(costs, data_parallel, count)
@@ -106,6 +108,33 @@ def plan_step(
         padded_tokens=length * count * data_parallel,
         padded_squared_tokens=int(sum(attention)) + num_empty * length**2,
         loss_tokens=int(np.asarray(loss_tokens)[indices].sum(dtype=np.int64)),
+        num_micro_batches=count,
+    )
+
+
+def plan_windows(indices: Sequence[int] | np.ndarray, predicted: Sequence[int], layout: StepLayout) -> StepPlan:
+    """Pretraining: samples of `layout.capacity` tokens, `layout.micro_batch_size` rows in each micro-batch.
+
+    predicted [n]: tokens of each sample, below capacity only for the tail of a held-out set. Micro-batches are cut from
+    the batch in order and dealt to the ranks in turn: number k of rank d is number k * data_parallel + d of the batch.
+    Rows that are missing at the end of a short batch are padding.
+    """
+    size, length = layout.micro_batch_size, layout.capacity
+    order = [int(index) for index in indices]
+    cuts = [tuple(order[start : start + size]) for start in range(0, len(order), size)]
+    count = _round_up(max(1, -(-len(cuts) // layout.data_parallel)), layout.multiple_of)
+    cuts += [()] * (count * layout.data_parallel - len(cuts))
+    num_rows = len(cuts) * size
+    tokens = sum(predicted)
+    return StepPlan(
+        micro_batches=tuple(tuple(cuts[rank :: layout.data_parallel]) for rank in range(layout.data_parallel)),
+        length=length,
+        examples=len(order),
+        real_tokens=tokens,
+        squared_tokens=sum(number**2 for number in predicted),
+        padded_tokens=num_rows * length,
+        padded_squared_tokens=num_rows * length**2,
+        loss_tokens=tokens,
         num_micro_batches=count,
     )
 

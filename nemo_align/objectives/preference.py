@@ -113,15 +113,13 @@ def response_log_probs(
 
 
 def reference_output(policy: ResponseLogProbs) -> ObjectiveOutput:
-    """Objective of the reference pass: nothing to minimise, the summed log-probabilities of each example to keep."""
+    """Objective of the reference pass: nothing to minimise, but of each pair what is to be kept: chosen_logps and
+    rejected_logps (sums), chosen_tokens and rejected_tokens."""
+    tokens = {"chosen_tokens": policy.chosen_tokens, "rejected_tokens": policy.rejected_tokens}
     return ObjectiveOutput(
         loss=-(policy.chosen.sum() + policy.rejected.sum()).float(),
         count=policy.chosen_tokens.sum() + policy.rejected_tokens.sum(),
-        examples={
-            **_examples(policy),
-            "chosen_tokens": policy.chosen_tokens,
-            "rejected_tokens": policy.rejected_tokens,
-        },
+        examples={**_examples(policy), **tokens},
     )
 
 

@@ -134,6 +134,7 @@ def test_responses_are_summed_by_segment() -> None:
     assert policy.chosen.dtype == torch.float64
     stored = reference_output(policy)
     assert stored.count == 7 and stored.examples["rejected_logps"].tolist() == [-4.0, -17.0]
+    assert stored.examples["chosen_tokens"].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
