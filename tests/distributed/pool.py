@@ -187,7 +187,6 @@ def _serve(rank: int, world_size: int, folder: str, connection: multiprocessing.
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     faulthandler.register(signal.SIGUSR2, file=output, all_threads=True)
-    # This very module may have been loaded under another name by a test; they must agree on the environment.
     environment = LaunchEnvironment(rank, world_size, rank, world_size, f"file://{folder}/store", "local")
     device.install()
     topology.join(RuntimeConfig(threads=1, distributed_timeout_minutes=5.0), environment)
