@@ -1,0 +1,22 @@
+"""Values that a key with few choices may take: read by the checks and by --help."""
+
+from __future__ import annotations
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "precision.dtype": ("bf16", "fp32"),
+    "precision.fp8": ("none", "delayed", "tensorwise", "blockwise"),
+    "parallel.recompute": ("none", "selective", "full"),
+    "optimizer.schedule": ("constant", "cosine", "linear", "wsd"),
+    "train.nonfinite": ("error", "skip"),
+    "data.overlong": ("error", "drop", "truncate"),
+    "data.select.inverted": ("error", "swap", "keep"),
+    "data.select.ties": ("auto", "drop", "keep"),
+    "preference.preference_loss": ("dpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"),
+    "cluster.kind": ("local", "slurm"),
+    "source_format": ("hf", "megatron"),
+    "target_format": ("hf", "megatron"),
+    "dtype": ("fp32", "bf16"),
+}
+
+# HelpSteer2's attributes and the weights that the published reward model's card gives for the scalar reward.
+HELPSTEER2_WEIGHTS = {"helpfulness": 0.3, "correctness": 0.74, "coherence": 0.46, "complexity": 0.47, "verbosity": -0.33}

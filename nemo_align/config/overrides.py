@@ -1,0 +1,123 @@
+"""Overrides of the command line, checked against the schema before Hydra (and its import) sees them.
+
+`key=value` sets a value, `group=choice` selects a file, `+experiment=recipe/stage` adds the differences of a stage,
+`~key` takes something away. Hydra wants `+` for a key that no YAML file mentions and accepts any key with `+` or `++`.
+Here every key must exist in the schema, and then no `+` is needed: what passes goes to Hydra as `++key=value`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemo_align.config import schema, sources, suggest
+from nemo_align.config.errors import ConfigError
+
+# Words that Python reserves, so that no dataclass field can have them.
+ALIASES = {"convert": {"from": "source_format", "to": "target_format"}}
+_FORM = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]*)?(?:=(?P<value>.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Override:
+    """One argument of the command line."""
+
+    text: str  # as written
+    prefix: str  # "", "+", "++" or "~"
+    key: str  # aliases resolved
+    package: str  # "@..." of a group, or ""
+    value: str | None  # None: `~key` without a value
+    is_group: bool
+    is_hydra: bool  # sets Hydra itself (hydra.*)
+
+    def for_hydra(self) -> str:
+        """The text that Hydra gets."""
+        if self.is_hydra or self.prefix == "~":
+            return self.text
+        if self.is_group:
+            prefix = "+" if self.key == sources.EXPERIMENT else self.prefix
+            return f"{prefix}{self.key}{self.package}={self.value}"
+        return f"++{self.key}={self.value}"
+
+
+def parse(verb: str, arguments: Sequence[str]) -> list[Override]:
+    """Overrides of `arguments`, each key and choice checked.
+
+    Raises:
+        ConfigError: an argument that is no override, an unknown key, group choice or experiment; all of them at once.
+    """
+    parsed, problems = [], []
+    for text in arguments:
+        try:
+            parsed.append(_parse(verb, text))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError.of(problems)
+    return parsed
+
+
+def experiment_name(overrides: Sequence[Override]) -> str | None:
+    """The last experiment chosen with +experiment=, None without one."""
+    chosen = [o.value for o in overrides if o.is_group and o.key == sources.EXPERIMENT and o.prefix != "~"]
+    return _listed(chosen[-1])[-1] if chosen else None
+
+
+def _parse(verb: str, text: str) -> Override:
+    match = _FORM.fullmatch(text)
+    if match is None or (match["value"] is None and match["prefix"] != "~"):
+        raise ConfigError(_not_an_override(verb, text))
+    key = ALIASES.get(verb, {}).get(match["key"], match["key"])
+    is_hydra = key == "hydra" or key.startswith(("hydra.", "hydra/"))
+    is_group = _is_group(verb, key, match["prefix"] or "", match["value"])
+    override = Override(text, match["prefix"] or "", key, match["package"] or "", match["value"], is_group, is_hydra)
+    if is_hydra:
+        return override
+    if is_group and match["value"] is not None:
+        _check_choice(verb, override)
+    elif not is_group and schema.find(schema.VERBS[verb], key) is None:
+        raise ConfigError(f"{_unknown(verb, key)} (command line: {text})")
+    return override
+
+
+def _is_group(verb: str, key: str, prefix: str, value: str | None) -> bool:
+    """`model=tiny` selects a file; `experiment=name` without + names the run, unless an experiment is called so."""
+    if key == sources.EXPERIMENT:
+        is_choice = value is not None and set(_listed(value)) <= set(sources.choices(key))
+        return prefix in ("+", "~") or is_choice
+    return key in sources.groups() and schema.find(schema.VERBS[verb], key) is not None
+
+
+def _check_choice(verb: str, override: Override) -> None:
+    known = sources.choices(override.key)
+    for value in _listed(override.value or ""):
+        if value in known or (value == "null" and override.key != sources.EXPERIMENT):
+            continue
+        if value.startswith("{"):
+            raise ConfigError(f"{override.text}: set one key at a time, as in {override.key}.<key>=<value>")
+        what = "experiment" if override.key == sources.EXPERIMENT else f"{override.key} choice"
+        shown = [name for name, _ in sources.experiments(verb)] if override.key == sources.EXPERIMENT else known
+        guess = suggest.did_you_mean(value, known) or "."
+        raise ConfigError(
+            f"unknown {what} '{value}'{guess} Known: {', '.join(shown) or 'none'} (command line: {override.text})"
+        )
+
+
+def _listed(value: str) -> list[str]:
+    """Single values of `a`, `[a,b]` or, in a sweep, `a,b`."""
+    return [part.strip().strip("'\"") for part in value.strip().strip("[]").split(",")]
+
+
+def _unknown(verb: str, key: str) -> str:
+    if "/" in key:
+        return f"unknown group '{key}'{suggest.did_you_mean(key, sources.groups())}"
+    return suggest.unknown_key_message(key, verb)
+
+
+def _not_an_override(verb: str, text: str) -> str:
+    if text in sources.choices(sources.EXPERIMENT):
+        return f"'{text}' is not key=value; did you mean '+experiment={text}'?"
+    if text.startswith("-"):
+        return f"unknown option '{text}'; see `nemo-align {verb} --help`"
+    return f"'{text}' is not key=value; write for example train.max_steps=100, or +experiment=<name>"

@@ -1,0 +1,111 @@
+"""Did you mean: the nearest valid name for a key or a choice that does not exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from nemo_align.config import schema
+
+# Names that users of Megatron, NeMo-Aligner and TRL know, by their last part.
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_eps": "optimizer.eps",
+    "gradient_clip_val": "optimizer.clip_grad",
+    "max_grad_norm": "optimizer.clip_grad",
+    "lr_scheduler_type": "optimizer.schedule",
+    "batch_size": "train.global_batch_size",
+    "max_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "val_check_interval": "train.validate_every",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "tp": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "pp": "parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
+    "vp": "parallel.virtual_pipeline",
+    "dp": "parallel.data",
+    "sequence_parallel": "parallel.sequence",
+    "activations_checkpoint_granularity": "parallel.recompute",
+    "beta": "preference.ref_policy_kl_penalty",
+    "eta": "preference.gt_reward_scale",
+    "seq_length": "data.sequence_length",
+    "encoder_seq_length": "data.sequence_length",
+    "max_length": "data.sequence_length",
+    "tokenizer_path": "data.tokenizer",
+    "restore_from_path": "checkpoint.init_from",
+    "pretrained_checkpoint": "checkpoint.init_from",
+    "save_interval": "checkpoint.save_every",
+    "output_dir": "run_dir",
+    "exp_dir": "run_dir",
+}
+_SURE, _LIKELY = 0.88, 0.7  # ratio of difflib: one typo in a name of nine letters gives 0.89
+
+
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.55) -> str | None:
+    """The most similar choice, or None if nothing is similar."""
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing."""
+    found = nearest(name, choices)
+    return f"; did you mean '{found}'?" if found else ""
+
+
+def nearest_key(unknown: str, root: type) -> str | None:
+    """The full name of the key that `unknown` most likely stands for."""
+    parts = unknown.split(".")
+    known = [_with_names_of(key.name, parts) for key in schema.keys(root)]
+    known += [name for name in _sections(root) if len(parts) <= name.count(".") + 1]
+    if found := nearest(unknown, known, _SURE):
+        return found
+    leaf = parts[-1]
+    if schema.find(root, OTHER_NAMES.get(leaf, "-")):
+        return OTHER_NAMES[leaf]
+    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return nearest(unknown, same_leaf, 0.0)
+    in_section = [key for key in known if key.rpartition(".")[0] == ".".join(parts[:-1])]
+    leaves = {key.rpartition(".")[2]: key for key in in_section or known}
+    if found := nearest(leaf, leaves, 0.6):
+        return leaves[found]
+    return nearest(unknown, known, _LIKELY)
+
+
+def unknown_key_message(unknown: str, verb: str) -> str:
+    """`unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?`, or what else can be said about it."""
+    message = f"unknown key '{unknown}'"
+    plain = unknown.split("[")[0]
+    owners = [other for other, root in schema.VERBS.items() if other != verb and schema.find(root, plain)]
+    if owners:
+        return f"{message} for {verb}: it belongs to {', '.join(owners)}"
+    if found := nearest_key(unknown, schema.VERBS[verb]):
+        return f"{message}; did you mean '{found}'?"
+    section, root = plain.rpartition(".")[0], schema.VERBS[verb]
+    while section and schema.find(root, section) is None:
+        section = section.rpartition(".")[0]
+    node = schema.find(root, section) if section else schema.Node("section", root)
+    names = ", ".join(schema.fields(node.type)) if node.kind == "section" else f"one {node}"
+    return f"{message}; {f'{section!r}' if section else verb} has {names}"
+
+
+def _with_names_of(key: str, parts: list[str]) -> str:
+    """`key` with its free names taken from the same places of what the user wrote."""
+    names = key.split(".")
+    return ".".join(
+        parts[i] if name == schema.FREE_NAME and i < len(parts) else name for i, name in enumerate(names)
+    )
+
+
+def _sections(root: type, prefix: str = "") -> list[str]:
+    found = []
+    for name, node in schema.fields(root).items():
+        if node.kind == "section":
+            found += [prefix + name, *_sections(node.type, f"{prefix}{name}.")]
+        elif node.kind == "table":
+            found.append(prefix + name)
+    return found

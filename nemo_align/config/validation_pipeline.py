@@ -1,0 +1,61 @@
+"""Checks of a chain of stages before the first one starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from nemo_align.config import overrides, schema, sources, suggest
+from nemo_align.config.errors import ConfigError
+from nemo_align.config.pipeline import PipelineConfig
+
+STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
+_REFERENCE = re.compile(r"\{([^{}]*)\}")
+_TIME_LIMIT = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+
+
+def check_pipeline(config: PipelineConfig) -> Iterator[str]:
+    """Stage names, verbs, experiments, hand-offs and the keys of all overrides."""
+    if not config.stages:
+        yield "stages is empty: choose a recipe with +experiment=<recipe>/recipe, or name stages.<name>.verb=..."
+    earlier: list[str] = []
+    for name, stage in config.stages.items():
+        key = f"stages.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            yield f"{key}: the name becomes a folder, so use letters, digits, _, - and ."
+        if stage.verb not in STAGE_VERBS:
+            guess = suggest.did_you_mean(stage.verb, STAGE_VERBS)
+            yield f"{key}.verb is '{stage.verb}', but must be one of {', '.join(STAGE_VERBS)}{guess}"
+            earlier.append(name)
+            continue
+        known = sources.choices(sources.EXPERIMENT)
+        if stage.experiment is not None and stage.experiment not in known:
+            yield f"{key}.experiment: unknown experiment '{stage.experiment}'{suggest.did_you_mean(stage.experiment, known)}"
+        if stage.init_from is not None and stage.init_from not in earlier:
+            yield f"{key}.init_from is '{stage.init_from}', which is no earlier stage ({', '.join(earlier) or 'there is none'})"
+        yield from _check_overrides(f"{key}.overrides", stage.verb, stage.overrides, earlier)
+        earlier.append(name)
+    for text in config.overrides:  # for every stage: a key must exist in each of their verbs
+        for verb in sorted({stage.verb for stage in config.stages.values() if stage.verb in STAGE_VERBS}):
+            yield from _check_overrides("overrides", verb, [text], earlier)
+    cluster = config.cluster
+    for name in ("nodes", "gpus_per_node"):
+        if getattr(cluster, name) is not None and getattr(cluster, name) < 1:
+            yield f"cluster.{name} is {getattr(cluster, name)}, but must be at least 1"
+    if cluster.time_limit is not None and not _TIME_LIMIT.fullmatch(cluster.time_limit):
+        yield f"cluster.time_limit is '{cluster.time_limit}', but must be HH:MM:SS or D-HH:MM:SS; quote it in YAML, which reads 4:00:00 as a number"
+
+
+def _check_overrides(key: str, verb: str, texts: list[str], earlier: list[str]) -> Iterator[str]:
+    for text in texts:
+        for name in _REFERENCE.findall(text):
+            if re.fullmatch(r"[\w.-]+", name) and name not in earlier:
+                guess = suggest.did_you_mean(name, earlier)
+                yield f"{key}: {{{name}}} in {text!r} is no earlier stage{guess}"
+    try:
+        overrides.parse(verb, texts)
+    except ConfigError as error:
+        yield f"{key}: {error}"
+
+
+assert set(STAGE_VERBS) <= set(schema.VERBS)

@@ -1,0 +1,122 @@
+"""Checks of batches, the length of a stage and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_align.config.stages import PretrainStageConfig, TrainStageConfig
+
+
+def check_train(config: TrainStageConfig) -> Iterator[str]:
+    """Batch sizes and the length of the stage."""
+    train = config.train
+    sizes = ("global_batch_size", "micro_batch_size", "max_steps", "validate_every", "log_every", "micro_batch_tokens")
+    wrong = [name for name in sizes if getattr(train, name) is not None and getattr(train, name) < 1]
+    for name in wrong:
+        yield f"train.{name} is {getattr(train, name)}, but must be at least 1"
+    if train.epochs is not None and not 0 < train.epochs < float("inf"):
+        yield f"train.epochs is {train.epochs}, but must be positive"
+    yield from _check_ramp(config)
+    if isinstance(config, PretrainStageConfig):
+        if train.epochs is not None:
+            yield "train.epochs has no meaning for pretrain: its length is the sum of data.phases.<name>.steps"
+    elif train.epochs is None and train.max_steps is None:
+        yield "the length of the stage is missing: set train.epochs (passes over the rows) or train.max_steps"
+    if not wrong and (config.parallel.data or 1) > 0:
+        yield from check_batches(config, config.parallel.data or 1)
+
+
+def check_batches(config: TrainStageConfig, data: int) -> Iterator[str]:
+    """The global batch sizes against micro-batches and `data` data-parallel ranks."""
+    train, parallel = config.train, config.parallel
+    sizes = {"train.global_batch_size": train.global_batch_size}
+    sizes |= {f"train.batch_ramp[{i}].global_batch_size": entry.global_batch_size for i, entry in enumerate(train.batch_ramp)}
+    for key, size in sizes.items():
+        if isinstance(config, PretrainStageConfig):
+            yield from _check_pretrain_batch(key, size, train.micro_batch_size, data, parallel.pipeline, parallel.virtual_pipeline)
+        elif size < data:
+            yield (
+                f"{key} {size} is less than parallel.data={data}: some ranks would never have an example. "
+                f"Use at least {data}, or fewer data-parallel ranks"
+            )
+    if not isinstance(config, PretrainStageConfig) and not train.packing and train.micro_batch_size > train.global_batch_size:
+        yield f"train.micro_batch_size {train.micro_batch_size} is more than train.global_batch_size {train.global_batch_size}"
+
+
+def check_optimizer(config: TrainStageConfig) -> Iterator[str]:
+    """Ranges, and the parts of the schedule against the length of the stage."""
+    optimizer = config.optimizer
+    if not 0 < optimizer.lr < float("inf"):
+        yield f"optimizer.lr is {optimizer.lr}, but must be positive"
+    if not 0 <= optimizer.min_lr <= optimizer.lr:
+        yield f"optimizer.min_lr is {optimizer.min_lr}, but must lie between 0 and optimizer.lr={optimizer.lr}"
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield f"optimizer.{name} is {getattr(optimizer, name)}, but must lie in [0, 1)"
+    if not optimizer.eps > 0:
+        yield f"optimizer.eps is {optimizer.eps}, but must be positive"
+    for name in ("weight_decay", "clip_grad", "warmup_steps"):
+        if not getattr(optimizer, name) >= 0:
+            yield f"optimizer.{name} is {getattr(optimizer, name)}, but must not be negative"
+    if optimizer.decay_steps is not None and optimizer.decay_steps < 1:
+        yield f"optimizer.decay_steps is {optimizer.decay_steps}, but must be at least 1"
+    if optimizer.schedule == "wsd" and optimizer.decay_steps is None:
+        yield "optimizer.schedule=wsd needs optimizer.decay_steps, the length of the decay that ends the stage"
+    yield from _check_schedule_length(config)
+
+
+def num_steps(config: TrainStageConfig) -> int | None:
+    """Steps of the schedule; None where they depend on the number of rows."""
+    if isinstance(config, PretrainStageConfig):
+        return sum(phase.steps for phase in config.data.phases.values())
+    return config.train.max_steps if config.train.epochs is None else None
+
+
+def _check_schedule_length(config: TrainStageConfig) -> Iterator[str]:
+    optimizer, total = config.optimizer, num_steps(config)
+    if not total or total < 1:
+        return
+    if optimizer.warmup_steps >= total:
+        yield f"optimizer.warmup_steps {optimizer.warmup_steps} leaves nothing of the stage's {total} steps: lower it"
+    elif optimizer.schedule == "wsd" and optimizer.warmup_steps + (optimizer.decay_steps or 0) > total:
+        yield (
+            f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {optimizer.decay_steps} is more than "
+            f"the stage's {total} steps"
+        )
+
+
+def _check_ramp(config: TrainStageConfig) -> Iterator[str]:
+    ramp = config.train.batch_ramp
+    if not ramp:
+        return
+    if not isinstance(config, PretrainStageConfig):
+        yield "train.batch_ramp counts tokens of equally long samples: it is for pretrain only"
+        return
+    if any(entry.global_batch_size < 1 for entry in ramp):
+        yield "train.batch_ramp has a global_batch_size below 1"
+    starts = [entry.from_tokens for entry in ramp]
+    if starts[0] != 0:
+        yield f"train.batch_ramp begins at {starts[0]:g} tokens: its first entry must have from_tokens: 0"
+    if any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
+        yield f"train.batch_ramp is not in order: from_tokens are {', '.join(f'{start:g}' for start in starts)}"
+    if ramp[-1].global_batch_size != config.train.global_batch_size:
+        yield (
+            f"train.batch_ramp ends with {ramp[-1].global_batch_size} but train.global_batch_size is "
+            f"{config.train.global_batch_size}: they must be the same"
+        )
+
+
+def _check_pretrain_batch(key: str, size: int, micro: int, data: int, pipeline: int, virtual: int) -> Iterator[str]:
+    unit = micro * data
+    if size % unit:
+        below = size // unit * unit
+        nearest = " or ".join(str(good) for good in (below, below + unit) if good)
+        yield (
+            f"{key} {size} is not divisible by train.micro_batch_size {micro} x parallel.data {data} = {unit}: "
+            f"use {nearest}"
+        )
+    elif virtual > 1 and (size // unit) % pipeline:
+        yield (
+            f"{key} {size} is {size // unit} micro-batches per data-parallel rank, but the interleaved schedule takes a "
+            f"multiple of parallel.pipeline={pipeline}: use a multiple of {unit * pipeline}, or parallel.virtual_pipeline=1"
+        )
