@@ -6,7 +6,6 @@ Nothing here looks at a device, and a redraw happens at most four times a second
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -60,18 +59,14 @@ class Progress:
         self._last = self._drawn = 0.0
         self._metrics: dict[str, object] = {}
         self._live: Live | None = None
-        self._handlers: list[tuple[logging.StreamHandler, object]] = []
 
     def __enter__(self) -> Progress:
         self._last = time.monotonic()
         if self.enabled and self._console.is_terminal:
-            stream = sys.stderr
+            # Rich stands in for sys.stderr while the line lives; runtime/logs.py writes to whatever sys.stderr is, so
+            # log lines pass above it.
             self._live = Live(self._line(), console=self._console, auto_refresh=False, transient=False)
             self._live.start()
-            # Log lines go through rich while the line lives, else they would be drawn into it.
-            for handler in logging.getLogger().handlers + logger.handlers:
-                if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
-                    self._handlers.append((handler, handler.setStream(sys.stderr)))
         return self
 
     def __exit__(
@@ -106,14 +101,11 @@ class Progress:
         self._last = time.monotonic() - self._last
 
     def close(self) -> None:
-        """Leave the last line standing and give the log its stream back."""
+        """Leave the last line standing and give sys.stderr back."""
         if self._live is not None:
             self._live.update(self._line(), refresh=True)
             self._live.stop()
             self._live = None
-        for handler, stream in self._handlers:
-            handler.setStream(stream)
-        self._handlers.clear()
 
     def plain(self) -> str:
         """The line as text: the same fields in the same order on every step."""

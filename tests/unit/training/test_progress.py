@@ -2,10 +2,12 @@
 
 import io
 import logging
+import sys
 
 import pytest
 from rich.console import Console
 
+from nemo_align.runtime import logs
 from nemo_align.training import progress as module
 from nemo_align.training.progress import Progress, clock
 
@@ -53,23 +55,24 @@ def test_time_left_is_steps_times_seconds_and_ignores_pauses(seconds):
         assert progress.time_left() == clock(2 * 88)
 
 
-def test_a_terminal_gets_one_live_line_and_log_lines_pass_above_it(monkeypatch, seconds):
+def test_a_terminal_gets_one_live_line_and_log_lines_pass_above_it(tmp_path, seconds):
     console = terminal()
-    handler = logging.StreamHandler(module.sys.stderr)
-    logger = logging.getLogger("nemo_align")
-    logger.addHandler(handler)
-    before = handler.stream
+    logger = logs.setup(tmp_path, rank=0)
+    before = sys.stderr
     try:
         with Progress("dpo", 4, console=console) as progress:
             for step in range(1, 5):
                 seconds[0] += 1
                 progress.update(step, METRICS)
             logger.warning("a log line")
-        assert handler.stream is before
+        assert sys.stderr is before
     finally:
-        logger.removeHandler(handler)
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+        logger.propagate = True
     shown = console.file.getvalue()
     assert "4/4" in shown and "MFU 42.4%" in shown and "a log line" in shown
+    assert (tmp_path / "log.txt").read_text().count("dpo") == 0  # the live line is not written to the log
 
 
 def test_redraws_are_thinned_out(seconds):
