@@ -157,7 +157,7 @@ def _check_ids(info: IndexedDatasetInfo, lengths: np.ndarray, vocab_size: int, c
             position = block + int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
             sequence = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), position, side="right")) + 1
             raise ValueError(
-                f"{info.prefix}.bin: token {position:,} (sequence {sequence:,}) has id {int(tokens[position])}, but the "
-                f"vocabulary has {vocab_size:,} tokens; use the tokenizer that the data was prepared with, or prepare it "
-                "with data.tokenizer"
+                f"{info.prefix}.bin: token {position:,} (sequence {sequence:,}) has id {int(tokens[position])}, but "
+                f"the vocabulary has {vocab_size:,} tokens; set data.tokenizer to the one that the data was prepared "
+                "with, or prepare the data again"
             )

@@ -60,21 +60,23 @@ class PretrainingSource:
         layout: StepLayout,
         data_rank: int,
     ) -> None:
-        """Build on every rank: rank 0 writes the sample indices to `cache_dir`, then the others read them, so the folder
-        must be visible to all. `layout.capacity` is the sequence length. Raises ValueError for unusable files.
+        """Build on every rank: rank 0 writes the sample indices to `cache_dir`, then the others read them, so that the
+        folder must be visible to all. `layout.capacity` is the sequence length. Raises ValueError for unusable files.
 
         More than one source in a phase needs an initialised process group (as Megatron-core 0.16 does)."""
         assert phases and all(phase.num_samples > 0 for phase in phases), phases
         self.layout = layout
         self.data_rank = data_rank
-        cache = Path(cache_dir) / "pretraining_indices"
         infos = [_check_blend(phase, tokenizer.vocab_size) for phase in phases]
+        self.fingerprint = _fingerprint(phases, infos, layout.capacity, seed, tokenizer)
+        # Megatron-core's cache knows its data by path alone: files written anew under the same name would be read with
+        # the old indices. The folder's name holds their sizes.
+        cache = Path(cache_dir) / f"pretraining_{self.fingerprint.rpartition('-')[2]}"
         if _is_rank_zero():
             _drop_damaged(cache)
         self._datasets = [_build(phase, layout.capacity, tokenizer, seed, cache) for phase in phases]
         self._ends = list(itertools.accumulate(phase.num_samples for phase in phases))
         self.num_examples = self._ends[-1]
-        self.fingerprint = _fingerprint(phases, infos, layout.capacity, seed, tokenizer)
 
     def step(self, consumed: int, batch_size: int) -> Step:
         """Samples consumed .. consumed + batch_size - 1. Phases end where the caller counted their steps to end."""
