@@ -1,0 +1,50 @@
+"""The log of a run: one logger, `nemo_align`, whose lines go to stderr and, on rank 0, to <run_dir>/log.txt."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TextIO
+
+LOGGER_NAME = "nemo_align"
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to whatever sys.stderr is at the moment: a progress display may have put itself in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
+def setup(run_dir: str | Path, rank: int, *, shared_stderr: bool = False) -> logging.Logger:
+    """Set up and return the logger. A second call replaces the first.
+
+    Args:
+        run_dir: the run's directory; rank 0 appends to log.txt in it.
+        rank: of this process; lines of other ranks than 0 name theirs.
+        shared_stderr: the ranks write to one stderr (torchrun, srun), so others than 0 only say warnings and errors.
+    """
+    logger = logging.getLogger(LOGGER_NAME)
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # else a root handler set by a library prints every line twice
+
+    who = "" if rank == 0 else f"[rank {rank}] "
+    to_stderr = _CurrentStderr()
+    to_stderr.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
+    to_stderr.setLevel(logging.WARNING if rank > 0 and shared_stderr else logging.INFO)
+    logger.addHandler(to_stderr)
+    if rank == 0:
+        path = Path(run_dir) / "log.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(to_file)
+    return logger

@@ -1,0 +1,54 @@
+"""Stopping between two steps when SIGTERM or SIGUSR1 asks for it.
+
+Imports no torch at the top: the handlers must be there before the seconds that importing it takes.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_align.runtime.topology import Topology
+
+
+class StopRequest:
+    """Whether this process was asked to stop.
+
+    The handler only notes the signal. Whoever runs a long loop (training steps, validation or scoring batches) asks
+    `agreed` once per round, so that all ranks leave at the same one. Signals repeat (SLURM sends SIGTERM at the time
+    limit too), and a repetition changes nothing: it must not cut the save that the first one began.
+    """
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Handle SIGTERM and SIGUSR1 from now on. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal reached this very process. Ranks may differ: see `agreed`."""
+        return self._signal is not None
+
+    @property
+    def signal_name(self) -> str | None:
+        """The last signal that asked, such as SIGTERM."""
+        return self._signal.name if self._signal is not None else None
+
+    def agreed(self, topology: Topology) -> bool:
+        """Whether any rank was asked. A collective over all ranks (one number); all get the same answer."""
+        if topology.world_size == 1:
+            return self.requested
+        import torch
+        import torch.distributed as dist
+
+        asked = torch.tensor(int(self.requested), dtype=torch.int32, device=topology.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
