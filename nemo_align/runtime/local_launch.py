@@ -23,12 +23,13 @@ from types import FrameType
 from nemo_align.runtime import exit_codes
 from nemo_align.runtime.launch_environment import LOCAL_VARIABLES
 from nemo_align.runtime.parent_death import die_with_parent
+from nemo_align.runtime.signals import STOP_SIGNALS
 
 _POLL_SECONDS = 0.05
 _OWN_END_SECONDS = 5.0  # after a failure the others may meet the same error, and should say so themselves
 _TERMINATE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 _LAST_LINES = 30
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_FORWARDED = (*STOP_SIGNALS, signal.SIGINT)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # What another launcher around us may have set: our workers are not its ranks.
 _FOREIGN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -71,7 +72,8 @@ def launch(argv: list[str], num_workers: int, log_dir: str | Path, env: Mapping[
     When a worker fails, its rank and last lines are printed and the others are ended.
 
     Args:
-        argv: the worker's command; it reads its rank by `launch_environment.detect()`.
+        argv: the worker's command; it reads its rank by `launch_environment.detect()`, and until it calls
+            `StopRequest.install()` SIGTERM and SIGUSR1 wait.
         num_workers: number of processes.
         log_dir: created if needed.
         env: environment of the workers (ours unless given).
@@ -115,12 +117,19 @@ def _start(argv: list[str], rank: int, log_dir: Path, variables: dict[str, str])
             stderr=subprocess.STDOUT if output is not None else None,
             # A group of its own: Ctrl-C then reaches the parent alone, and what the worker started can be ended with it.
             process_group=0,
-            preexec_fn=partial(die_with_parent, os.getpid()),
+            preexec_fn=partial(_prepare_worker, os.getpid()),
         )
         return _Worker(rank, process, log, output.tell() if output is not None else 0)
     finally:
         if output is not None:
             output.close()
+
+
+def _prepare_worker(parent: int) -> None:
+    """In the new process, before it becomes the worker."""
+    die_with_parent(parent)
+    # A stop that comes while Python starts waits for its handlers: StopRequest.install() lets the signals through.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nemo_align.runtime.topology import Topology
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopRequest:
     """Whether this process was asked to stop.
@@ -25,9 +27,10 @@ class StopRequest:
         self._signal: signal.Signals | None = None
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGUSR1 from now on. Main thread only."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """Handle SIGTERM and SIGUSR1 from now on, and one that our launcher kept waiting. Main thread only."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)

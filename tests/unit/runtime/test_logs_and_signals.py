@@ -1,0 +1,61 @@
+"""The run's log, and the note that a stop signal leaves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+
+import pytest
+
+from nemo_align.runtime import logs
+from nemo_align.runtime.signals import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def _put_back():
+    logger = logging.getLogger(logs.LOGGER_NAME)
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+    logger.handlers[:], logger.level, logger.propagate = before
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_rank_zero_writes_file_and_stderr_and_appends(tmp_path, capsys):
+    logs.setup(tmp_path / "run", 0).info("first")
+    logs.setup(tmp_path / "run", 0).warning("second")
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert [line.split("nemo_align: ")[1] for line in lines] == ["first", "second"]
+    assert [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()] == ["first", "second"]
+
+
+def test_other_ranks_name_themselves_and_write_no_file(tmp_path, capsys):
+    logger = logs.setup(tmp_path / "run", 3)
+    logger.info("hello")
+    assert capsys.readouterr().err.endswith("[rank 3] hello\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_on_a_shared_stderr_other_ranks_only_warn(tmp_path, capsys):
+    logger = logs.setup(tmp_path, 3, shared_stderr=True)
+    logger.info("chatter")
+    logger.warning("trouble")
+    assert capsys.readouterr().err.endswith("[rank 3] trouble\n")
+    logs.setup(tmp_path, 0, shared_stderr=True).info("progress")
+    assert "progress" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_is_noted_and_may_repeat(number):
+    stop = StopRequest()
+    stop.install()
+    assert not stop.requested
+    assert stop.signal_name is None
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)
+    assert stop.requested
+    assert stop.signal_name == number.name
