@@ -129,11 +129,11 @@ def test_prepare_reads_every_kind_of_file(tmp_path: Path, tokenizer) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', r"a\.jsonl, line 2: no JSON"),
-        (b'{"content": "a"}', r"a\.jsonl, line 2: no key 'text' \(found: content\)"),
-        (b'{"text": 5}', r"a\.jsonl, line 2: 'text' is int"),
-        (b'["text"]', r"a\.jsonl, line 2: no key 'text' \(found: list\)"),
-        (b'{"text": "\xff"}', r"a\.jsonl, line 2: not UTF-8"),
+        (b'{"text": "a"', r"a\.jsonl:2: not valid JSON"),
+        (b'{"content": "a"}', r"a\.jsonl:2: no key 'text' \(found: content\)"),
+        (b'{"text": 5}', r"a\.jsonl:2: 'text' is int"),
+        (b'["text"]', r"a\.jsonl:2: expected a JSON object, found list"),
+        (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
