@@ -64,9 +64,9 @@ def run(config: PreferenceStageConfig, topology: Topology, stop: StopRequest) ->
             config.data,
             rows,
             session.tokenizer,
-            config.preference.preference_loss,
             cache_dir=cache_directory(session),
             seed=config.runtime.seed,
+            preference_loss=config.preference.preference_loss,
         )
 
     train, validation = tokenize_all(session, tokenize)

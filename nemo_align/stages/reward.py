@@ -45,9 +45,9 @@ def run(config: RewardStageConfig, topology: Topology, stop: StopRequest) -> Non
             config.data,
             rows,
             session.tokenizer,
-            config.reward.attributes,
             cache_dir=cache_directory(session),
             seed=config.runtime.seed,
+            attributes=config.reward.attributes,
         )
 
     train, validation = tokenize_all(session, tokenize)

@@ -42,17 +42,40 @@ def row_source(
     extra_targets: dict[str, np.ndarray] | None = None,
 ) -> RowSource:
     """Exact batches over `rows` for this data-parallel rank."""
-    config, topology = session.config, session.topology
+    config = session.config
     assert isinstance(config, TrainStageConfig)
     longest = config.data.sequence_length * sequences_per_example
+    return packed_source(
+        session,
+        rows,
+        kind=kind,
+        capacity=(config.train.micro_batch_tokens or longest) if config.train.packing else longest,
+        packing=config.train.packing,
+        micro_batch_size=config.train.micro_batch_size,
+        extra_targets=extra_targets,
+    )
+
+
+def packed_source(
+    session: Session,
+    rows: TokenizedRows,
+    *,
+    kind: str,
+    capacity: int,
+    packing: bool = True,
+    micro_batch_size: int = 1,
+    extra_targets: dict[str, np.ndarray] | None = None,
+) -> RowSource:
+    """The same with the packing spelt out. `capacity`: tokens of a micro-batch, or without packing of one example."""
+    config, topology = session.config, session.topology
     layout = step_layout(
         config.model,
         config.parallel,
         config.precision,
         topology,
-        capacity=(config.train.micro_batch_tokens or longest) if config.train.packing else longest,
-        packing=config.train.packing,
-        micro_batch_size=config.train.micro_batch_size,
+        capacity=capacity,
+        packing=packing,
+        micro_batch_size=micro_batch_size,
     )
     return RowSource(
         rows,

@@ -16,14 +16,14 @@ class ForwardTotals:
     """Sums over the steps of forward-only passes of one kind."""
 
     seconds: float = 0.0
-    real_tokens: int = 0
+    tokens: int = 0
     squared_tokens: int = 0
     padded_tokens: int = 0
     padded_squared_tokens: int = 0
 
     def add(self, plan: StepPlan, seconds: float) -> None:
         self.seconds += seconds
-        self.real_tokens += plan.real_tokens
+        self.tokens += plan.real_tokens
         self.squared_tokens += plan.squared_tokens
         self.padded_tokens += plan.padded_tokens
         self.padded_squared_tokens += plan.padded_squared_tokens

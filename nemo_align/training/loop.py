@@ -10,10 +10,8 @@ import logging
 import math
 import time
 
-import torch
-
-from nemo_align.checkpoint.megatron import load_training, save
-from nemo_align.checkpoint.store import apply_retention, newest_complete
+from nemo_align.checkpoint.megatron import load_training, newest_resumable, save
+from nemo_align.checkpoint.store import apply_retention
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
 from nemo_align.training.batch_schedule import BatchSchedule
@@ -165,13 +163,12 @@ class Trainer:
         self.telemetry.progress.resume()
 
     def _resume(self) -> bool:
-        # One rank looks, as verifying reads the whole checkpoint, and all take its word.
-        found = [newest_complete(self.session.run_dir) if self.topology.is_main else None]
-        torch.distributed.broadcast_object_list(found, src=0)
-        newest = found[0]
+        newest = newest_resumable(self.session.run_dir, self.topology)
         if newest is None:
             return False
-        values = load_training(newest, self.model_chunks, self.optimizer, self.scheduler, self.topology)
+        values = load_training(
+            newest, self.model_chunks, self.optimizer, self.scheduler, self.topology, verify=False  # just verified
+        )
         self.state = TrainState.from_dict(values)
         if self.state.data_fingerprint != self.task.train.fingerprint:
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from nemo_align.checkpoint.huggingface import export_hf
 from nemo_align.checkpoint.store import checkpoint_path
 from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.loop import Trainer
@@ -37,5 +36,7 @@ def run_training(
     if config.checkpoint.export_hf:
         exported = "hf"
         if session.topology.is_main:
+            from nemo_align.checkpoint.huggingface import export_hf  # transformers costs seconds to import
+
             export_hf(checkpoint_path(session.run_dir, trainer.state.step), session.run_dir / exported)
     trainer.telemetry.finish(validation, trainer.validation_totals, hf=exported)

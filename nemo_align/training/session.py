@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from nemo_align.checkpoint.huggingface import load_hf_weights
 from nemo_align.checkpoint.megatron import load_weights
 from nemo_align.checkpoint.store import CheckpointReference, manifest_hash, resolve
 from nemo_align.config.objectives import RewardConfig
@@ -35,6 +34,10 @@ class Session:
     model_chunks: list[torch.nn.Module]
     initial: CheckpointReference | None
     opened: float  # time.monotonic() before anything was built
+
+    def elapsed(self) -> float:
+        """Seconds since this process opened the session."""
+        return time.monotonic() - self.opened
 
     @property
     def initial_identity(self) -> str:
@@ -68,6 +71,8 @@ def open_session(
     if initial is None:
         logger.info("random initial weights, seed %d", config.runtime.seed)
     elif initial.kind == "hf":
+        from nemo_align.checkpoint.huggingface import load_hf_weights  # transformers costs seconds to import
+
         load_hf_weights(initial.path, chunks, topology)
     else:
         load_weights(initial, chunks, topology, load_head=load_head)

@@ -66,7 +66,7 @@ class Telemetry:
 
     def forward_rates(self, name: str, totals: ForwardTotals) -> dict[str, float]:
         """Rates of the forward-only passes of one kind."""
-        return self.throughput.forward(totals, totals.seconds)
+        return self.throughput.forward(totals)
 
     def finish(self, last_validation: dict[str, float], validation_totals: ForwardTotals, *, hf: str | None) -> None:
         """Write result.json: the stage is complete."""
