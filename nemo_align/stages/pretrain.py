@@ -1,0 +1,65 @@
+"""`pretrain`: next token on Megatron `.bin`/`.idx` blends, in phases under one learning-rate schedule.
+
+Continued pretraining (arXiv 2406.11704, section 2.3) is this verb started from a pretrained checkpoint with two phases:
+a re-weighted blend, then one with question-answer text and weak areas, under a steeper decay.
+"""
+
+from __future__ import annotations
+
+from nemo_align.config.stages import PretrainStageConfig
+from nemo_align.data.pretraining import HeldOutSource, PretrainingPhase, PretrainingSource
+from nemo_align.runtime.signals import StopRequest
+from nemo_align.runtime.topology import Topology
+from nemo_align.stages.language_model import LanguageModelObjective
+from nemo_align.stages.rows import cache_directory
+from nemo_align.training.batch_schedule import BatchSchedule
+from nemo_align.training.run import run_training
+from nemo_align.training.session import open_session
+from nemo_align.training.step_layout import step_layout
+from nemo_align.training.task import Task
+
+
+def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> None:
+    """Pretrain, or continue pretraining."""
+    session = open_session(config, topology, stop)
+    batches = BatchSchedule(config.train, tokens_per_example=config.data.sequence_length)
+    layout = step_layout(
+        config.model,
+        config.parallel,
+        config.precision,
+        topology,
+        capacity=config.data.sequence_length,
+        packing=False,
+        micro_batch_size=config.train.micro_batch_size,
+    )
+    train = PretrainingSource(
+        phases_with_samples(config, batches),
+        tokenizer=session.tokenizer,
+        seed=config.runtime.seed,
+        cache_dir=cache_directory(session),
+        layout=layout,
+        data_rank=topology.data_rank,
+    )
+    validation = {
+        name: HeldOutSource(source, tokenizer=session.tokenizer, layout=layout, data_rank=topology.data_rank)
+        for name, source in config.data.validation.items()
+    }
+    task = Task(
+        verb="pretrain",
+        tokenizer=session.tokenizer,
+        objective=LanguageModelObjective(config.model.vocab_size, topology),
+        train=train,
+        validation=validation,
+    )
+    run_training(session, task, train.num_examples, batches=batches)
+
+
+def phases_with_samples(config: PretrainStageConfig, batches: BatchSchedule) -> list[PretrainingPhase]:
+    """Samples of each phase from its steps. They follow from the config alone, whenever a run stops."""
+    phases, steps, consumed = [], 0, 0
+    for name, phase in config.data.phases.items():
+        steps += phase.steps
+        end = batches.examples_after(steps)
+        phases.append(PretrainingPhase(name=name, blend=phase.blend, num_samples=end - consumed))
+        consumed = end
+    return phases
