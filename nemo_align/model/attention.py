@@ -61,7 +61,7 @@ class SdpaCoreAttention(nn.Module):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
         # One split of each tensor, not slices: the backward of a split is one concatenation, while each slice would
         # write a gradient of all T tokens.
-        segments = list(zip(query.split(lengths), key.split(lengths), value.split(lengths)))
+        segments = list(zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True))
         numbers_of_length: dict[int, list[int]] = {}
         for number, length in enumerate(lengths):
             numbers_of_length.setdefault(length, []).append(number)
@@ -70,7 +70,7 @@ class SdpaCoreAttention(nn.Module):
             stacked = (torch.stack([segments[number][part] for number in numbers]) for part in range(3))
             # [n, L, N, D] -> [n, N, L, D] -> [n, L, N * D]
             context = self._attend(*(tensor.transpose(1, 2) for tensor in stacked)).transpose(1, 2).flatten(2)
-            for number, segment_context in zip(numbers, context.unbind()):
+            for number, segment_context in zip(numbers, context.unbind(), strict=True):
                 contexts[number] = segment_context
         return torch.cat(contexts)
 

@@ -155,7 +155,7 @@ def whole(answers: list[dict[str, Any]], what: str, vocab_size: int) -> dict[str
 
 
 def outputs(answers: list[dict[str, Any]], vocab_size: int | None) -> Tensor:
-    """[micro-batch, S, V] logits without padding, or (vocab_size None) [micro-batch, S, A] scores, equal on all ranks."""
+    """[micro-batch, S, V] logits without padding, or (vocab_size None) [micro-batch, S, A] scores, equal on all."""
     last = [answer for answer in sorted(answers, key=lambda answer: answer["place"]) if answer["outputs"]]
     per_rank = [torch.cat(answer["outputs"]) for answer in last]
     if vocab_size is None:
