@@ -24,7 +24,7 @@ class ConvertConfig:
 
     source_format: str = MISSING  # written `from=` on the command line: hf | megatron
     target_format: str = MISSING  # written `to=` on the command line: hf | megatron
-    source: str = MISSING
-    target: str = MISSING
+    source: str = MISSING  # checkpoint to read
+    target: str = MISSING  # folder to write
     dtype: str | None = None  # fp32 | bf16; null: as the source
-    run_dir: str = "runs/convert"
+    run_dir: str = "runs/convert"  # where the log goes

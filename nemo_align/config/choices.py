@@ -19,4 +19,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # HelpSteer2's attributes and the weights that the published reward model's card gives for the scalar reward.
-HELPSTEER2_WEIGHTS = {"helpfulness": 0.3, "correctness": 0.74, "coherence": 0.46, "complexity": 0.47, "verbosity": -0.33}
+HELPSTEER2_WEIGHTS = {
+    "helpfulness": 0.3,
+    "correctness": 0.74,
+    "coherence": 0.46,
+    "complexity": 0.47,
+    "verbosity": -0.33,
+}

@@ -1,8 +1,8 @@
 """Composing: conf/<verb>.yaml, the chosen groups, the experiment and the command line into one typed dataclass.
 
-The dataclasses are the schema and hold all defaults; YAML selects and overrides. Hydra composes the plain tree, and then
-every key of it is compared with the dataclasses, whatever file or prefix it came from, every value with its type, and the
-whole with the cross-field checks of `validation.py`. Nothing here imports torch.
+The dataclasses are the schema and hold all defaults; YAML selects and overrides. Hydra composes the plain tree. Then
+every key of it is compared with the dataclasses, whatever file or prefix it came from, every value with its type, and
+the whole with the cross-field checks of `validation.py`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ def compose(verb: str, arguments: Sequence[str], *, check_files: bool = True) ->
     if unknown:
         raise ConfigError.of(unknown)
     tree = composed.tree
-    if "experiment" in schema.fields(VERBS[verb]) and tree.get("experiment") is None:
-        tree["experiment"] = overrides.experiment_name(parsed) or verb
+    if "experiment" in schema.fields(VERBS[verb]):
+        chosen = [o for o in parsed if o.key == "experiment" and not o.is_group]
+        if chosen or tree.get("experiment") is None:
+            tree["experiment"] = overrides.experiment_name(parsed) or verb
     initial, resolved = _resolve(verb, tree, check_files)
     config, problems = build.build(VERBS[verb], resolved)
     if problems:
@@ -52,11 +54,20 @@ def compose(verb: str, arguments: Sequence[str], *, check_files: bool = True) ->
     return config
 
 
-def to_yaml(config: Any) -> str:
-    """A typed configuration as YAML, every key written out."""
+def to_yaml(config: Any, part: str | None = None) -> str:
+    """A typed configuration as YAML, every key written out; or the part of it below a dotted key.
+
+    Raises:
+        ConfigError: no such part.
+    """
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    node = OmegaConf.structured(config)
+    if part is not None:
+        if schema.find(type(config), part) is None:
+            raise ConfigError(f"no such part: '{part}'")
+        node = OmegaConf.select(node, part)
+    return OmegaConf.to_yaml(node) if OmegaConf.is_config(node) else f"{node}\n"
 
 
 def load_resolved(verb: str, path: Path | str) -> Any:
@@ -112,7 +123,7 @@ def _compose_with_hydra(verb: str, parsed: Sequence[overrides.Override]) -> _Com
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    texts = search_path_overrides() + [override.for_hydra() for override in parsed]
+    texts = search_path_overrides() + overrides.for_hydra(parsed)
     try:
         with initialize_config_dir(str(sources.conf_dir()), version_base="1.3", job_name="nemo-align"):
             tree = OmegaConf.to_container(hydra_compose(verb, texts), resolve=False)
@@ -160,7 +171,7 @@ def _resolve(
                     merged.data.tokenizer = initial.tokenizer
         resolved = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
     assert isinstance(resolved, dict)
     return initial, {str(key): value for key, value in resolved.items()}
 
@@ -191,11 +202,15 @@ def _refuse_missing(verb: str, config: Any, awaits_checkpoint: bool) -> None:
 
 def _hydra_message(error: BaseException) -> str:
     """Hydra's message in the words of this command."""
+    from hydra.errors import OverrideParseException
+
     text = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        written = error.override.removeprefix("++")
+        key, _, value = written.partition("=")
+        return f"cannot read {written!r}: {_first_line(error)}. Quotes inside quotes may be needed: '{key}=\"{value}\"'"
     if "Ambiguous value" in text:
-        return f"{_first_line(error)} Several values for one key start several runs: add --multirun"
-    if "mismatched input" in text or "no viable alternative" in text or "token recognition" in text:
-        return f"{_first_line(error)}. A value with = , : {{ }} or spaces needs quotes inside quotes: 'key=\"a=b\"'"
+        return f"{_first_line(error).replace('++', '')}: several values of a key are several runs, add --multirun"
     return " ".join(line.strip() for line in text.splitlines()[:3])
 
 

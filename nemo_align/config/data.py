@@ -19,7 +19,7 @@ class BlendSourceConfig:
 class PhaseConfig:
     """A part of pretraining with one blend. The sample count is fixed by `steps`, whenever a run stops."""
 
-    steps: int = MISSING
+    steps: int = MISSING  # optimizer steps of this phase
     blend: dict[str, BlendSourceConfig] = field(default_factory=dict)
 
 
@@ -73,7 +73,7 @@ class RewardDataConfig(ChatDataConfig):
 class SelectConfig:
     """Which pairs are trained on. Counts of what is left out are reported."""
 
-    min_chosen_reward: float | None = None
+    min_chosen_reward: float | None = None  # pairs whose chosen response is rated lower are left out
     min_reward_gap: float | None = None  # chosen_reward - rejected_reward at least this
     inverted: str = "error"  # chosen reward below rejected: error | swap | keep
     ties: str = "auto"  # equal rewards: drop | keep | auto (drop for dpo and ipo, keep for rpo)

@@ -82,8 +82,8 @@ def read(init_from: Path) -> InitialCheckpoint:
     if (folder / "config.json").is_file():
         return _read_hf(folder)
     raise ConfigError(
-        f"checkpoint.init_from={init_from} is not a run directory with a checkpoint (checkpoints/step_*/manifest.json), "
-        "a checkpoint (manifest.json) or a Hugging Face folder (config.json)"
+        f"checkpoint.init_from={init_from} is not a run directory with a checkpoint "
+        "(checkpoints/step_*/manifest.json), a checkpoint (manifest.json) or a Hugging Face folder (config.json)"
     )
 
 

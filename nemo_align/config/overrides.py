@@ -35,14 +35,16 @@ class Override:
         """The text that Hydra gets."""
         if self.is_hydra or self.prefix == "~":
             return self.text
+        if self.is_group and self.value == "null":
+            return f"~{self.key}"  # Hydra knows null in a defaults list only
         if self.is_group:
             prefix = "+" if self.key == sources.EXPERIMENT else self.prefix
             return f"{prefix}{self.key}{self.package}={self.value}"
         return f"++{self.key}={self.value}"
 
 
-def parse(verb: str, arguments: Sequence[str]) -> list[Override]:
-    """Overrides of `arguments`, each key and choice checked.
+def parse(verb: str, arguments: Sequence[str], where: str = "command line") -> list[Override]:
+    """Overrides of `arguments`, each key and choice checked. `where` they stand, for messages.
 
     Raises:
         ConfigError: an argument that is no override, an unknown key, group choice or experiment; all of them at once.
@@ -50,7 +52,7 @@ def parse(verb: str, arguments: Sequence[str]) -> list[Override]:
     parsed, problems = [], []
     for text in arguments:
         try:
-            parsed.append(_parse(verb, text))
+            parsed.append(_parse(verb, text, where))
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -58,13 +60,19 @@ def parse(verb: str, arguments: Sequence[str]) -> list[Override]:
     return parsed
 
 
+def for_hydra(overrides: Sequence[Override]) -> list[str]:
+    """What Hydra gets. The name of the run is not for Hydra, which knows `experiment` only as a group."""
+    return [override.for_hydra() for override in overrides if override.is_group or override.key != sources.EXPERIMENT]
+
+
 def experiment_name(overrides: Sequence[Override]) -> str | None:
-    """The last experiment chosen with +experiment=, None without one."""
-    chosen = [o.value for o in overrides if o.is_group and o.key == sources.EXPERIMENT and o.prefix != "~"]
-    return _listed(chosen[-1])[-1] if chosen else None
+    """The name given with experiment=, else the last experiment chosen with +experiment=, None without either."""
+    named = [o for o in overrides if o.key == sources.EXPERIMENT and o.value is not None and o.prefix != "~"]
+    named.sort(key=lambda override: not override.is_group)  # stable: a name of the user's goes last, and so wins
+    return _listed(named[-1].value)[-1] if named else None
 
 
-def _parse(verb: str, text: str) -> Override:
+def _parse(verb: str, text: str, where: str) -> Override:
     match = _FORM.fullmatch(text)
     if match is None or (match["value"] is None and match["prefix"] != "~"):
         raise ConfigError(_not_an_override(verb, text))
@@ -75,9 +83,9 @@ def _parse(verb: str, text: str) -> Override:
     if is_hydra:
         return override
     if is_group and match["value"] is not None:
-        _check_choice(verb, override)
+        _check_choice(verb, override, where)
     elif not is_group and schema.find(schema.VERBS[verb], key) is None:
-        raise ConfigError(f"{_unknown(verb, key)} (command line: {text})")
+        raise ConfigError(f"{_unknown(verb, key)} ({where}: {text})")
     return override
 
 
@@ -89,7 +97,7 @@ def _is_group(verb: str, key: str, prefix: str, value: str | None) -> bool:
     return key in sources.groups() and schema.find(schema.VERBS[verb], key) is not None
 
 
-def _check_choice(verb: str, override: Override) -> None:
+def _check_choice(verb: str, override: Override, where: str) -> None:
     known = sources.choices(override.key)
     for value in _listed(override.value or ""):
         if value in known or (value == "null" and override.key != sources.EXPERIMENT):
@@ -100,7 +108,7 @@ def _check_choice(verb: str, override: Override) -> None:
         shown = [name for name, _ in sources.experiments(verb)] if override.key == sources.EXPERIMENT else known
         guess = suggest.did_you_mean(value, known) or "."
         raise ConfigError(
-            f"unknown {what} '{value}'{guess} Known: {', '.join(shown) or 'none'} (command line: {override.text})"
+            f"unknown {what} '{value}'{guess} Known: {', '.join(shown) or 'none'} ({where}: {override.text})"
         )
 
 

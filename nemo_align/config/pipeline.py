@@ -12,10 +12,11 @@ class ClusterConfig:
     """Where the stages of a pipeline run."""
 
     kind: str = "local"  # local | slurm
-    nodes: int | None = None
-    gpus_per_node: int = 8
-    partition: str | None = None
-    account: str | None = None
+    nodes: int | None = None  # of stages with parallel.data null; null, and the others: what the layout needs
+    gpus_per_node: int | None = 8  # GPUs, and tasks, of a node; null: a cluster without GPUs
+    tasks_per_node: int | None = None  # workers on a node; null: gpus_per_node
+    partition: str | None = None  # sbatch --partition
+    account: str | None = None  # sbatch --account
     time_limit: str | None = None  # HH:MM:SS
 
 
@@ -33,8 +34,9 @@ class PipelineStageConfig:
 class PipelineConfig:
     """The chain. Each stage runs in processes of its own, in <run_dir>/<stage name>."""
 
-    experiment: str = "pipeline"
-    run_dir: str = "runs/${experiment}"
+    experiment: str = "pipeline"  # names the run; +experiment= sets it
+    run_dir: str = "runs/${experiment}"  # manifest, report and a folder per stage
     stages: dict[str, PipelineStageConfig] = field(default_factory=dict)  # in order
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
+    dry_run: bool = False  # check all stages and print their commands, start nothing
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 class ParallelConfig:
     """Layout of the processes. World size = tensor x pipeline x data."""
 
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: int = 1  # processes that split every layer
+    pipeline: int = 1  # processes that split the stack of layers
     virtual_pipeline: int = 1  # model chunks per pipeline rank; above 1 the schedule is interleaved
     data: int | None = None  # null: what the world size leaves; a bare command without GPUs takes 1
     sequence: bool = False  # sequence parallel: activations of the norms split over the tensor group
     distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
+    overlap_param_gather: bool = False  # gather updated parameters during the next forward pass
     recompute: str = "none"  # activations: none | selective (core attention) | full (whole layers)
     recompute_layers: int = 1  # layers per recomputed block when recompute is full
 

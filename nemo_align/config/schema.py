@@ -59,7 +59,11 @@ class Node:
             name = names[self.type]
         else:
             shown = "sections" if self.item.kind == "section" else f"{self.item}"
-            name = f"list of {shown}" if self.kind == "list" else f"names, each with a {shown}".replace("a sections", "section")
+            name = (
+                f"list of {shown}"
+                if self.kind == "list"
+                else f"names, each with a {shown}".replace("a sections", "section")
+            )
         return f"{name} or null" if self.optional else name
 
 

@@ -54,7 +54,9 @@ def experiments(verb: str) -> list[tuple[str, str]]:
         comments = _head_comments(_file(EXPERIMENT, name))
         verbs = set(_COMMAND.findall("\n".join(comments) + "\n"))
         if verb in verbs or not verbs:
-            lines = [line for line in comments if line and not line.startswith("@package") and not _COMMAND.search(line)]
+            lines = [
+                line for line in comments if line and not line.startswith("@package") and not _COMMAND.search(line)
+            ]
             found.append((name, lines[0] if lines else ""))
     return found
 

@@ -46,8 +46,8 @@ _SURE, _LIKELY = 0.88, 0.7  # ratio of difflib: one typo in a name of nine lette
 
 def nearest(name: str, choices: Iterable[str], cutoff: float = 0.55) -> str | None:
     """The most similar choice, or None if nothing is similar."""
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    ranked = sorted(((_similarity(name, choice), choice) for choice in choices), key=lambda pair: (-pair[0], pair[1]))
+    return ranked[0][1] if ranked and ranked[0][0] >= cutoff else None
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -83,6 +83,8 @@ def unknown_key_message(unknown: str, verb: str) -> str:
     owners = [other for other, root in schema.VERBS.items() if other != verb and schema.find(root, plain)]
     if owners:
         return f"{message} for {verb}: it belongs to {', '.join(owners)}"
+    if elsewhere := _key_of_another_verb(plain, verb):
+        return f"{message} for {verb}; {elsewhere}"
     if found := nearest_key(unknown, schema.VERBS[verb]):
         return f"{message}; did you mean '{found}'?"
     section, root = plain.rpartition(".")[0], schema.VERBS[verb]
@@ -93,12 +95,28 @@ def unknown_key_message(unknown: str, verb: str) -> str:
     return f"{message}; {f'{section!r}' if section else verb} has {names}"
 
 
+def _key_of_another_verb(unknown: str, verb: str) -> str | None:
+    """Where a mistyped or foreign name belongs whose section only other verbs have."""
+    section = unknown.partition(".")[0]
+    if section in schema.fields(schema.VERBS[verb]) or "." not in unknown:
+        return None
+    for other, root in schema.VERBS.items():
+        if section in schema.fields(root) and (found := nearest_key(unknown, root)):
+            return f"did you mean '{found}' of {other}?"
+    return None
+
+
+def _similarity(name: str, other: str) -> float:
+    """difflib's ratio; letters in another order (`tyni`) count as one typo, for which that ratio is too strict."""
+    if sorted(name) == sorted(other):
+        return 0.95 if name != other else 1.0
+    return difflib.SequenceMatcher(None, name, other).ratio()
+
+
 def _with_names_of(key: str, parts: list[str]) -> str:
     """`key` with its free names taken from the same places of what the user wrote."""
     names = key.split(".")
-    return ".".join(
-        parts[i] if name == schema.FREE_NAME and i < len(parts) else name for i, name in enumerate(names)
-    )
+    return ".".join(parts[i] if name == schema.FREE_NAME and i < len(parts) else name for i, name in enumerate(names))
 
 
 def _sections(root: type, prefix: str = "") -> list[str]:

@@ -18,7 +18,13 @@ from nemo_align.config.initial_model import InitialCheckpoint
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.pipeline import PipelineConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
-from nemo_align.config.stages import PreferenceStageConfig, RewardStageConfig, ScoreStageConfig, TrainStageConfig, WorkerConfig
+from nemo_align.config.stages import (
+    PreferenceStageConfig,
+    RewardStageConfig,
+    ScoreStageConfig,
+    TrainStageConfig,
+    WorkerConfig,
+)
 from nemo_align.config.validation_data import check_data, check_length
 from nemo_align.config.validation_model import check_layout, check_model, check_precision
 from nemo_align.config.validation_pipeline import check_pipeline
@@ -27,7 +33,11 @@ from nemo_align.config.validation_train import check_batches, check_optimizer, c
 
 def complete(config: Any, initial: InitialCheckpoint | None) -> None:
     """Fill in what follows from other keys, so that the saved configuration shows what is used."""
-    if isinstance(config, RewardStageConfig) and config.reward.weights is None and _is_helpsteer2(config.reward.attributes):
+    if (
+        isinstance(config, RewardStageConfig)
+        and config.reward.weights is None
+        and _is_helpsteer2(config.reward.attributes)
+    ):
         config.reward.weights = {name: HELPSTEER2_WEIGHTS[name] for name in config.reward.attributes}
     if isinstance(config, ScoreStageConfig) and config.weights is None and initial and initial.reward:
         config.weights = initial.reward.get("weights")
@@ -160,19 +170,29 @@ def _check_process(config: WorkerConfig) -> Iterator[str]:
 
 def _check_initial(config: WorkerConfig, model_known: bool, initial: InitialCheckpoint | None) -> Iterator[str]:
     init_from = config.checkpoint.init_from
-    needed = {PreferenceStageConfig: "the policy to start from, which is also the reference", ScoreStageConfig: "the reward model"}
+    needed = {
+        PreferenceStageConfig: "the policy to start from, which is also the reference",
+        ScoreStageConfig: "the reward model",
+    }
     if init_from is None and type(config) in needed:
         yield f"checkpoint.init_from is missing: {needed[type(config)]}. Example: checkpoint.init_from=runs/sft"
     if config.checkpoint.load_optimizer:
         if init_from is None:
-            yield "checkpoint.load_optimizer=true needs checkpoint.init_from, the checkpoint whose optimizer state to load"
+            yield "checkpoint.load_optimizer=true needs checkpoint.init_from, whose optimizer state it loads"
         elif initial is not None and initial.kind == "hf":
-            yield f"checkpoint.load_optimizer=true, but {initial.path} is a Hugging Face folder, which has no optimizer state"
-    if isinstance(config, RewardStageConfig) and config.reward.load_head and (
-        init_from is None or (initial is not None and initial.reward is None)
+            yield f"checkpoint.load_optimizer=true, but {initial.path} is a Hugging Face folder: no optimizer state there"
+    if (
+        isinstance(config, RewardStageConfig)
+        and config.reward.load_head
+        and (init_from is None or (initial is not None and initial.reward is None))
     ):
         yield "reward.load_head=true needs checkpoint.init_from to be a reward model's checkpoint"
-    if isinstance(config, ScoreStageConfig) and initial is not None and initial.kind == "megatron" and initial.reward is None:
+    if (
+        isinstance(config, ScoreStageConfig)
+        and initial is not None
+        and initial.kind == "megatron"
+        and initial.reward is None
+    ):
         yield f"checkpoint.init_from={init_from} is not a reward model: name the run directory of a reward stage"
     if config.data.tokenizer is None and model_known:
         remedy = "a SentencePiece file or a Hugging Face folder. Example: data.tokenizer=data/tokenizer.model"
@@ -201,7 +221,8 @@ def _check_reward(reward: RewardConfig) -> Iterator[str]:
 def _check_weights(key: str, weights: dict[str, float], attributes: list[str]) -> Iterator[str]:
     for name in weights:
         if name not in attributes:
-            yield f"{key}.{name}: no such attribute{suggest.did_you_mean(name, attributes)} (attributes: {', '.join(attributes)})"
+            guess = suggest.did_you_mean(name, attributes)
+            yield f"{key}.{name}: no such attribute{guess} (attributes: {', '.join(attributes)})"
     if lacking := [name for name in attributes if name not in weights]:
         yield f"{key} lacks {', '.join(lacking)}: give every attribute a weight, 0 to leave it out of the scalar reward"
 

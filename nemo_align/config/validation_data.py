@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_align.config.data import BlendSourceConfig, ChatDataConfig, PretrainDataConfig, RowsConfig
-from nemo_align.config.stages import PreferenceStageConfig, PretrainStageConfig, ScoreStageConfig, TrainStageConfig, WorkerConfig
+from nemo_align.config.stages import (
+    PreferenceStageConfig,
+    PretrainStageConfig,
+    ScoreStageConfig,
+    TrainStageConfig,
+    WorkerConfig,
+)
 
 
 def check_length(config: WorkerConfig) -> Iterator[str]:

@@ -13,7 +13,9 @@ FP8_MULTIPLE = 16  # both sides of a matrix that Transformer Engine multiplies i
 def check_model(model: ModelConfig) -> Iterator[str]:
     """The sizes of the model by themselves."""
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
-    wrong = [name for name in (*sizes, "make_vocab_size_divisible_by", "max_sequence_length") if getattr(model, name) < 1]
+    wrong = [
+        name for name in (*sizes, "make_vocab_size_divisible_by", "max_sequence_length") if getattr(model, name) < 1
+    ]
     for name in wrong:
         yield f"model.{name} is {getattr(model, name)}, but must be at least 1"
     if wrong:
@@ -35,10 +37,10 @@ def check_model(model: ModelConfig) -> Iterator[str]:
         yield f"model.head_dim is {head_dim}, but must be at least 1"
     if not 0 < model.rotary_percent <= 1:
         yield f"model.rotary_percent is {model.rotary_percent}, but must lie in (0, 1]; Nemotron-4 has 0.5"
-    elif int(head_dim * model.rotary_percent) % 2 or int(head_dim * model.rotary_percent) == 0:
+    elif (turned := int(head_dim * model.rotary_percent)) % 2 or turned == 0:
         yield (
-            f"model.rotary_percent {model.rotary_percent} of head_dim {head_dim} is {int(head_dim * model.rotary_percent)} "
-            "dimensions, but RoPE turns an even number of them"
+            f"model.rotary_percent {model.rotary_percent} of head_dim {head_dim} is {turned} dimensions, "
+            "but RoPE turns an even number of them"
         )
     for name in ("rotary_base", "layernorm_epsilon", "init_std"):
         if not getattr(model, name) > 0:
@@ -80,8 +82,8 @@ def _check_sizes(parallel: ParallelConfig) -> Iterator[str]:
         )
     if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
         yield (
-            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true, whose parameters it gathers, "
-            "and parallel.overlap_grad_reduce=true"
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true, whose parameters it gathers, and "
+            "parallel.overlap_grad_reduce=true"
         )
 
 
@@ -100,8 +102,8 @@ def _check_tensor_split(parallel: ParallelConfig, model: ModelConfig, precision:
         for name, size in (("hidden_size", model.hidden_size), ("ffn_hidden_size", model.ffn_hidden_size)):
             if (size // tensor) % FP8_MULTIPLE:
                 yield (
-                    f"precision.fp8={precision.fp8} multiplies matrices whose sides are multiples of {FP8_MULTIPLE}, but "
-                    f"model.{name} {size} / parallel.tensor={tensor} is {size / tensor:g}: use precision=bf16"
+                    f"precision.fp8={precision.fp8} multiplies matrices whose sides are multiples of {FP8_MULTIPLE}, "
+                    f"but model.{name} {size} / parallel.tensor={tensor} is {size / tensor:g}: use precision=bf16"
                 )
 
 
@@ -111,7 +113,8 @@ def _check_pipeline_split(parallel: ParallelConfig, model: ModelConfig) -> Itera
         layout = f"parallel.pipeline={parallel.pipeline}"
         if parallel.virtual_pipeline > 1:
             layout += f" x parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} chunks"
-        yield f"model.num_layers {model.num_layers} is not divisible by {layout}: use a product among {_divisors(model.num_layers)}"
+        allowed = _divisors(model.num_layers)
+        yield f"model.num_layers {model.num_layers} is not divisible by {layout}: use a product among {allowed}"
     elif parallel.recompute == "full" and parallel.recompute_layers > model.num_layers // chunks:
         yield (
             f"parallel.recompute_layers is {parallel.recompute_layers}, but a model chunk of this layout has only "

@@ -30,20 +30,27 @@ def check_pipeline(config: PipelineConfig) -> Iterator[str]:
             continue
         known = sources.choices(sources.EXPERIMENT)
         if stage.experiment is not None and stage.experiment not in known:
-            yield f"{key}.experiment: unknown experiment '{stage.experiment}'{suggest.did_you_mean(stage.experiment, known)}"
+            guess = suggest.did_you_mean(stage.experiment, known)
+            yield f"{key}.experiment: unknown experiment '{stage.experiment}'{guess}"
         if stage.init_from is not None and stage.init_from not in earlier:
-            yield f"{key}.init_from is '{stage.init_from}', which is no earlier stage ({', '.join(earlier) or 'there is none'})"
+            known = ", ".join(earlier) or "there is none"
+            yield f"{key}.init_from is '{stage.init_from}', which is no earlier stage ({known})"
         yield from _check_overrides(f"{key}.overrides", stage.verb, stage.overrides, earlier)
         earlier.append(name)
     for text in config.overrides:  # for every stage: a key must exist in each of their verbs
         for verb in sorted({stage.verb for stage in config.stages.values() if stage.verb in STAGE_VERBS}):
             yield from _check_overrides("overrides", verb, [text], earlier)
     cluster = config.cluster
-    for name in ("nodes", "gpus_per_node"):
+    for name in ("nodes", "gpus_per_node", "tasks_per_node"):
         if getattr(cluster, name) is not None and getattr(cluster, name) < 1:
             yield f"cluster.{name} is {getattr(cluster, name)}, but must be at least 1"
+    if cluster.kind == "slurm" and cluster.gpus_per_node is None and cluster.tasks_per_node is None:
+        yield "cluster.gpus_per_node=null needs cluster.tasks_per_node, the workers on each node"
     if cluster.time_limit is not None and not _TIME_LIMIT.fullmatch(cluster.time_limit):
-        yield f"cluster.time_limit is '{cluster.time_limit}', but must be HH:MM:SS or D-HH:MM:SS; quote it in YAML, which reads 4:00:00 as a number"
+        yield (
+            f"cluster.time_limit is '{cluster.time_limit}', but must be HH:MM:SS or D-HH:MM:SS; "
+            "quote it in YAML, which reads 4:00:00 as a number"
+        )
 
 
 def _check_overrides(key: str, verb: str, texts: list[str], earlier: list[str]) -> Iterator[str]:
@@ -53,9 +60,9 @@ def _check_overrides(key: str, verb: str, texts: list[str], earlier: list[str]) 
                 guess = suggest.did_you_mean(name, earlier)
                 yield f"{key}: {{{name}}} in {text!r} is no earlier stage{guess}"
     try:
-        overrides.parse(verb, texts)
+        overrides.parse(verb, texts, where="written")
     except ConfigError as error:
-        yield f"{key}: {error}"
+        yield from (f"{key}: {line}" for line in str(error).splitlines())
 
 
 assert set(STAGE_VERBS) <= set(schema.VERBS)

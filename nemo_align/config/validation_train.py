@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from nemo_align.config.stages import PretrainStageConfig, TrainStageConfig
@@ -30,17 +31,28 @@ def check_batches(config: TrainStageConfig, data: int) -> Iterator[str]:
     """The global batch sizes against micro-batches and `data` data-parallel ranks."""
     train, parallel = config.train, config.parallel
     sizes = {"train.global_batch_size": train.global_batch_size}
-    sizes |= {f"train.batch_ramp[{i}].global_batch_size": entry.global_batch_size for i, entry in enumerate(train.batch_ramp)}
+    sizes |= {
+        f"train.batch_ramp[{i}].global_batch_size": entry.global_batch_size for i, entry in enumerate(train.batch_ramp)
+    }
     for key, size in sizes.items():
         if isinstance(config, PretrainStageConfig):
-            yield from _check_pretrain_batch(key, size, train.micro_batch_size, data, parallel.pipeline, parallel.virtual_pipeline)
+            yield from _check_pretrain_batch(
+                key, size, train.micro_batch_size, data, parallel.pipeline, parallel.virtual_pipeline
+            )
         elif size < data:
             yield (
                 f"{key} {size} is less than parallel.data={data}: some ranks would never have an example. "
                 f"Use at least {data}, or fewer data-parallel ranks"
             )
-    if not isinstance(config, PretrainStageConfig) and not train.packing and train.micro_batch_size > train.global_batch_size:
-        yield f"train.micro_batch_size {train.micro_batch_size} is more than train.global_batch_size {train.global_batch_size}"
+    if (
+        not isinstance(config, PretrainStageConfig)
+        and not train.packing
+        and train.micro_batch_size > train.global_batch_size
+    ):
+        yield (
+            f"train.micro_batch_size {train.micro_batch_size} is more than "
+            f"train.global_batch_size {train.global_batch_size}"
+        )
 
 
 def check_optimizer(config: TrainStageConfig) -> Iterator[str]:
@@ -80,8 +92,8 @@ def _check_schedule_length(config: TrainStageConfig) -> Iterator[str]:
         yield f"optimizer.warmup_steps {optimizer.warmup_steps} leaves nothing of the stage's {total} steps: lower it"
     elif optimizer.schedule == "wsd" and optimizer.warmup_steps + (optimizer.decay_steps or 0) > total:
         yield (
-            f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {optimizer.decay_steps} is more than "
-            f"the stage's {total} steps"
+            f"optimizer.warmup_steps {optimizer.warmup_steps} + optimizer.decay_steps {optimizer.decay_steps} is more "
+            f"than the stage's {total} steps"
         )
 
 
@@ -97,7 +109,7 @@ def _check_ramp(config: TrainStageConfig) -> Iterator[str]:
     starts = [entry.from_tokens for entry in ramp]
     if starts[0] != 0:
         yield f"train.batch_ramp begins at {starts[0]:g} tokens: its first entry must have from_tokens: 0"
-    if any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
         yield f"train.batch_ramp is not in order: from_tokens are {', '.join(f'{start:g}' for start in starts)}"
     if ramp[-1].global_batch_size != config.train.global_batch_size:
         yield (
@@ -117,6 +129,7 @@ def _check_pretrain_batch(key: str, size: int, micro: int, data: int, pipeline: 
         )
     elif virtual > 1 and (size // unit) % pipeline:
         yield (
-            f"{key} {size} is {size // unit} micro-batches per data-parallel rank, but the interleaved schedule takes a "
-            f"multiple of parallel.pipeline={pipeline}: use a multiple of {unit * pipeline}, or parallel.virtual_pipeline=1"
+            f"{key} {size} is {size // unit} micro-batches per data-parallel rank, but the interleaved schedule "
+            f"takes a multiple of parallel.pipeline={pipeline}: use a multiple of {unit * pipeline}, "
+            "or parallel.virtual_pipeline=1"
         )

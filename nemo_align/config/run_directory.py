@@ -1,0 +1,141 @@
+"""config.yaml of a run directory: one directory, one configuration, so that the same command again resumes.
+
+What cannot change the trained weights may differ, and so may the parallel layout and the micro-batches, which change
+them by rounding only. Anything else is refused with the keys that differ.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_align.config.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+# No influence on the trained weights.
+FREE_KEYS = (
+    "run_dir",  # the same folder under another name
+    "tracking.*",
+    "checkpoint.save_every",
+    "checkpoint.keep_last",
+    "checkpoint.export_hf",
+    "train.log_every",
+    "train.validate_every",
+    "train.validate_at_start",
+    "runtime.distributed_timeout_minutes",
+    "data.cache_dir",
+    "data.validation*",
+)
+# Other rounding, the same examples in the same order.
+LAYOUT_KEYS = (
+    "parallel.*",
+    "runtime.threads",
+    "train.packing",
+    "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "micro_batch_tokens",
+)
+_POLL_SECONDS = 0.1
+Difference = tuple[str, Any, Any]  # key, saved value, new value
+
+
+def claim(verb: str, run_dir: Path, text: str, same_run: Sequence[str] = ()) -> list[Difference]:
+    """Write `text`, the resolved configuration, as run_dir/config.yaml, or refuse.
+
+    `same_run`: further keys that may differ for this verb.
+
+    Returns:
+        What differs from the configuration that was there and is only a matter of layout.
+
+    Raises:
+        ConfigError: the directory belongs to another verb or configuration, or cannot be written.
+    """
+    path = run_dir / CONFIG_FILE
+    content = _with_verb(verb, text)
+    layout = refuse_other(verb, path, text, same_run) if path.exists() else []
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = run_dir / f".{CONFIG_FILE}.{os.getpid()}"
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)  # a reader sees the old file or the new one
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error}") from None
+    return layout
+
+
+def wait_for(verb: str, run_dir: Path, text: str, seconds: float) -> None:
+    """Wait until another process, rank 0, has claimed `run_dir` with the same configuration.
+
+    Raises:
+        ConfigError: it has not after `seconds`: another configuration, or a run_dir that the machines do not share.
+    """
+    path, content = run_dir / CONFIG_FILE, _with_verb(verb, text)
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.read_text(encoding="utf-8") == content):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{path} of rank 0 did not appear within {seconds:g} s, or differs from this rank's configuration: "
+                "run_dir must lie on a file system that all nodes share, and all ranks need the same command"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def refuse_other(verb: str, path: Path, text: str, same_run: Sequence[str] = ()) -> list[Difference]:
+    """Compare a configuration with the one in `path`; the differences that are only layout.
+
+    Raises:
+        ConfigError: another verb, or keys that change the trained weights.
+    """
+    saved = path.read_text(encoding="utf-8")
+    owner = saved.partition("\n")[0].removeprefix("# nemo-align ")
+    remedy = "Choose another run_dir, or remove this one to start again"
+    if owner != verb:
+        raise ConfigError(f"run_dir={path.parent} belongs to a run of `nemo-align {owner}`. {remedy}")
+    differing = differences(saved, text)
+    refused = [entry for entry in differing if not _matches(entry[0], (*FREE_KEYS, *LAYOUT_KEYS, *same_run))]
+    if refused:
+        lines = "\n".join(f"  {describe(entry)}" for entry in refused)
+        raise ConfigError(f"run_dir={path.parent} holds a run with another configuration:\n{lines}\n{remedy}")
+    return [entry for entry in differing if _matches(entry[0], LAYOUT_KEYS)]
+
+
+def differences(saved: str, new: str) -> list[Difference]:
+    """Keys whose values differ between two configurations in YAML."""
+    before, after = _flat(_load(saved)), _flat(_load(new))
+    return [
+        (key, before.get(key, "absent"), after.get(key, "absent"))
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key, "absent") != after.get(key, "absent")
+    ]
+
+
+def describe(difference: Difference) -> str:
+    """`optimizer.lr: 1e-05 -> 2e-05`."""
+    key, before, after = difference
+    return f"{key}: {before} -> {after}"
+
+
+def _with_verb(verb: str, text: str) -> str:
+    return f"# nemo-align {verb}\n{text}"
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _load(text: str) -> Any:
+    import io
+
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
