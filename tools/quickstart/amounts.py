@@ -1,0 +1,34 @@
+"""How much of everything is written, so that the whole recipe trains about 3 million tokens (a table in SOURCES.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """Upper bounds of what each file holds; `_tokens` count the tokenizer's, the others rows of training."""
+
+    wikipedia_pages: int = 1000
+    english_tokens: int = 800_000
+    multilingual_tokens: int = 400_000
+    code_tokens: int = 400_000
+    held_out_tokens: int = 16_000  # of each validation set of pretraining
+    qa_tokens: int = 150_000
+    code_sft_rows: int = 1600
+    general_sft_dialogues: int = 700
+    general_sft_tasks: int = 1700
+    reward_rows: int = 1400
+    task_pairs: int = 900
+    code_pairs: int = 500
+    validation_rows: int = 96  # of each set of rows
+    row_tokens: int = 384  # longer rows are left out, so that sequences of 512 hold every row
+    response_tokens: int = 240  # of the code in a pair: both responses stay in one micro-batch
+    tokenizer_characters: int = 3_000_000
+
+    def small(self) -> Amounts:
+        """A fortieth of everything: for tests."""
+        scaled = {field.name: max(1, getattr(self, field.name) // 40) for field in fields(self)}
+        kept = {"row_tokens": self.row_tokens, "response_tokens": self.response_tokens, "wikipedia_pages": 25}
+        kept |= {"validation_rows": 8, "tokenizer_characters": 600_000}
+        return replace(self, **{**scaled, **kept})
