@@ -64,7 +64,7 @@ def check_turns(messages: Sequence[Message], field: str) -> None:
             raise RowError(
                 field,
                 f"{place} is {message.role}, expected {expected}",
-                "the Nemotron template takes one optional system turn, then user and assistant in turns; merge or remove turns",
+                "the template takes an optional system turn, then user and assistant in turns; merge or remove turns",
             )
 
 

@@ -5,8 +5,8 @@
 Names, newlines and texts are tokenized one by one, so a newline never merges with its neighbour: the tokens of a prompt
 are a prefix of the tokens of prompt and response, and the prompt at training is the prompt at generation.
 
-The loss is on what the model must write: the text of an assistant turn, its newline, and the `<extra_id_1>` that ends it
-(the stop token; also after the last turn). The system turn is always there, empty if need be. No BOS.
+The loss is on what the model must write: the text of an assistant turn, its newline, and the `<extra_id_1>` that ends
+it (the stop token; also after the last turn). The system turn is always there, empty if need be. No BOS.
 """
 
 from __future__ import annotations

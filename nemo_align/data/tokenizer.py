@@ -66,8 +66,8 @@ class Tokenizer(ABC):
         if found is None:
             raise ValueError(
                 f"tokenizer {self.source}: no token {name}, which the Nemotron chat template needs. Train the "
-                "SentencePiece model with control_symbols=<extra_id_0>,<extra_id_1>,<extra_id_2>, add them to the Hugging "
-                "Face tokenizer as special tokens (and rows to the embedding), or use another tokenizer"
+                "SentencePiece model with control_symbols=<extra_id_0>,<extra_id_1>,<extra_id_2>, add them to the "
+                "Hugging Face tokenizer as special tokens (and rows to the embedding), or use another tokenizer"
             )
         return found
 
@@ -143,7 +143,7 @@ def choose_pad_id(
     if bos_id is not None:
         return bos_id
     raise ValueError(
-        f"tokenizer {source}: no token to pad with that never occurs in text; add <pad> or <extra_id_3> as a control token"
+        f"tokenizer {source}: no token to pad with that no text has; add <pad> or <extra_id_3> as control token"
     )
 
 

@@ -25,7 +25,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"data.tokenizer: transformers cannot load {folder}: {error}") from error
         if not self._tokenizer.is_fast:
             raise ValueError(
-                f"data.tokenizer: {folder} has no fast tokenizer (tokenizer.json); point at its SentencePiece file instead"
+                f"data.tokenizer: {folder} has no fast tokenizer (tokenizer.json); name its SentencePiece file"
             )
         added = {
             token_id: token for token_id, token in self._tokenizer.added_tokens_decoder.items() if _is_control(token)

@@ -20,7 +20,7 @@ from nemo_align.data.tokenizer import (
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """One `.model` file. Byte fallback and an identity normaliser make text exact; without them it is as the model maps it."""
+    """One `.model` file. Byte fallback and an identity normaliser make text exact; others lose what they map away."""
 
     def __init__(self, model_file: Path) -> None:
         self.source = str(model_file)

@@ -151,7 +151,7 @@ def test_the_exported_reward_template(hf_folder: Path) -> None:
     text = hf.apply_chat_template(plain, chat_template=REWARD_CHAT_TEMPLATE_JINJA, tokenize=False)
     tokenizer = load_tokenizer(hf_folder)
     assert text == tokenizer.decode(render_rated(turns("q", "a"), tokenizer), skip_control=False)
-    with pytest.raises(Exception, match="system .first., user and assistant turns only"):
+    with pytest.raises(Exception, match=r"system .first., user and assistant turns only"):
         hf.apply_chat_template([{"role": "tool", "content": "x"}], chat_template=CHAT_TEMPLATE_JINJA, tokenize=False)
 
 

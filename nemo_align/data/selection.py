@@ -1,0 +1,78 @@
+"""Which pairs are trained on. By reward, the report filters hard for DPO and less for RPO (arXiv 2406.11704)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from nemo_align.config.data import SelectConfig
+from nemo_align.data.chat import Pair
+
+INVERTED = ("error", "swap", "keep")
+TIES = ("auto", "drop", "keep")
+REWARD_AWARE = ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
+
+
+class Selection:
+    """Applies `data.select` for one preference loss."""
+
+    def __init__(self, config: SelectConfig, preference_loss: str) -> None:
+        for key, value, allowed in (("inverted", config.inverted, INVERTED), ("ties", config.ties, TIES)):
+            if value not in allowed:
+                raise ValueError(f"data.select.{key}: unknown value {value!r}; known: {', '.join(allowed)}")
+        self._config = config
+        self.needs_rewards = None
+        if preference_loss in REWARD_AWARE:
+            self.needs_rewards = f"preference_loss={preference_loss}"
+        elif config.min_chosen_reward is not None:
+            self.needs_rewards = "data.select.min_chosen_reward"
+        elif config.min_reward_gap is not None:
+            self.needs_rewards = "data.select.min_reward_gap"
+        # An equal pair teaches dpo and ipo a preference that is not there; for rpo it says "keep the margin at zero".
+        self.drops_ties = config.ties == "drop" or (config.ties == "auto" and preference_loss not in REWARD_AWARE)
+
+    def apply(self, pair: Pair, counts: Counter[str]) -> Pair | None:
+        """The pair (swapped if so configured), or None if it is left out; either way it is counted.
+
+        ValueError: a reward that is needed is missing, or chosen is worse than rejected and that is an error.
+        """
+        if pair.chosen == pair.rejected:
+            counts["dropped_identical"] += 1  # both log-ratios are equal whatever the model: nothing to prefer
+            return None
+        if pair.chosen_reward is None or pair.rejected_reward is None:
+            if self.needs_rewards:
+                raise ValueError(
+                    f"chosen_reward, rejected_reward: missing, and {self.needs_rewards} needs them; "
+                    "add them with nemo-align score, or use preference_loss=dpo without reward limits"
+                )
+            return self._unless_tie(pair, pair.is_tie, counts)
+        if pair.chosen_reward < pair.rejected_reward:
+            if self._config.inverted == "error":
+                raise ValueError(
+                    f"chosen_reward: {pair.chosen_reward} is below rejected_reward {pair.rejected_reward}; "
+                    "set data.select.inverted=swap (trust the rewards) or keep (trust the order), or correct the row"
+                )
+            counts["swapped" if self._config.inverted == "swap" else "inverted_kept"] += 1
+            if self._config.inverted == "swap":
+                pair = replace(
+                    pair,
+                    chosen=pair.rejected,
+                    rejected=pair.chosen,
+                    chosen_reward=pair.rejected_reward,
+                    rejected_reward=pair.chosen_reward,
+                )
+        assert pair.chosen_reward is not None and pair.rejected_reward is not None
+        minimum, gap = self._config.min_chosen_reward, self._config.min_reward_gap
+        if minimum is not None and pair.chosen_reward < minimum:
+            counts["dropped_low_reward"] += 1
+            return None
+        if gap is not None and pair.chosen_reward - pair.rejected_reward < gap:
+            counts["dropped_small_gap"] += 1
+            return None
+        return self._unless_tie(pair, pair.is_tie or pair.chosen_reward == pair.rejected_reward, counts)
+
+    def _unless_tie(self, pair: Pair, is_tie: bool, counts: Counter[str]) -> Pair | None:
+        if is_tie:
+            counts["dropped_ties" if self.drops_ties else "ties_kept"] += 1
+            return None if self.drops_ties else pair
+        return pair
