@@ -16,6 +16,7 @@ import torch
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import sharded_state, store
 from nemo_align.checkpoint.agreement import agree, gather, on_main
+from nemo_align.checkpoint.architecture import architecture_problems
 from nemo_align.checkpoint.safe_reading import read_metadata
 from nemo_align.checkpoint.store import CheckpointReference
 from nemo_align.checkpoint.torch_dist import load_sharded, save_sharded
@@ -129,7 +130,10 @@ def load_weights(
     # FP8 histories belong to the run that made them, not to its weights.
     unread |= {key for key in requested if sharded_state.EXTRA_STATE in key}
     requested = {key: value for key, value in requested.items() if key not in unread}
-    problems = sharded_state.compare(requested, metadata, of="model", ignored=unread)
+    problems = architecture_problems(
+        ModelConfig(**reference.manifest["model"]), sharded_state.bare_model(model_chunks[0])
+    )
+    problems += sharded_state.compare(requested, metadata, of="model", ignored=unread)
     problems += _vocabulary_problem(requested, reference.manifest)
     if problems:
         raise ValueError(f"{reference.path} does not fit the model. " + "; ".join(problems))

@@ -1,0 +1,105 @@
+"""README.md of an export: what the model is and how it came about, from the run directory where there is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemo_align.checkpoint.store import CHECKPOINTS
+from nemo_align.config.model import ModelConfig
+from nemo_align.data.tokenizer import Tokenizer
+from nemo_align.model.counts import count_parameters, head_dim
+
+_STAGES = {
+    "pretrain": "pretraining (next token)",
+    "sft": "supervised fine-tuning",
+    "reward": "reward model (regression on attributes)",
+    "preference": "preference optimisation",
+    "convert": "converted weights",
+}
+
+
+def model_card(checkpoint: Path, manifest: dict, model: ModelConfig, tokenizer: Tokenizer | None) -> str:
+    """Markdown with a YAML head. Sizes and stage come from the manifest; data, hyper-parameters and metrics from
+    config.yaml and result.json of the run that `checkpoint` lies in."""
+    run_dir = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
+    reward = manifest["reward"]
+    tags = ["nemotron", "nemo_align", manifest["verb"]]
+    task = "text-classification" if reward is not None else "text-generation"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+    ]
+    lines += ["", f"# {model.name}", "", f"Stage: {_STAGES.get(manifest['verb'], manifest['verb'])}, "]
+    lines[-1] += f"step {manifest['step']}. Written by nemo_align."
+    lines += ["", "## Model", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _sizes(model))]
+    lines += [f"| number format | {manifest['dtype']} |"]
+    if tokenizer is not None:
+        lines += [f"| tokenizer | {tokenizer.vocab_size:,} tokens |"]
+    lines += ["", *(_reward_text(reward) if reward is not None else _policy_text(tokenizer))]
+    if run_dir is not None:
+        lines += _run_text(run_dir)
+    return "\n".join(lines) + "\n"
+
+
+def _sizes(model: ModelConfig) -> list[tuple[str, str]]:
+    return [
+        ("parameters", f"{count_parameters(model).total:,}"),
+        ("layers", str(model.num_layers)),
+        ("hidden size", str(model.hidden_size)),
+        ("feed-forward size", str(model.ffn_hidden_size)),
+        (
+            "attention heads / key-value heads / head size",
+            " / ".join(str(value) for value in (model.num_attention_heads, model.num_query_groups, head_dim(model))),
+        ),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("context", f"{model.max_sequence_length:,} tokens"),
+    ]
+
+
+def _policy_text(tokenizer: Tokenizer | None) -> list[str]:
+    if tokenizer is None:
+        return []
+    return ["The chat template is in `chat_template.jinja`; a turn ends with `<extra_id_1>`. No BOS is added.", ""]
+
+
+def _reward_text(reward: dict) -> list[str]:
+    lines = [
+        "## Scores",
+        "",
+        "One number per attribute, read at the last token that is not padding (the reward token):",
+        "",
+    ]
+    weights = reward["weights"] or {}
+    lines += ["| attribute | weight in the scalar reward |", "|---|---|"]
+    lines += [f"| {name} | {weights.get(name, '')} |" for name in reward["attributes"]]
+    lines += [
+        "",
+        "Load it in float32 for the exact scores. `score` has no bias: the trained bias stands in the final norm's, and "
+        "`reward_head.safetensors` keeps the head as trained.",
+        "",
+    ]
+    return lines
+
+
+def _run_text(run_dir: Path) -> list[str]:
+    lines = []
+    if (path := run_dir / "result.json").is_file():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        lines += ["## Training", "", "| | |", "|---|---|"]
+        names = {"experiment": "experiment", "steps": "steps", "examples": "examples", "tokens": "tokens"}
+        names |= {"train_seconds": "training seconds", "mfu": "MFU (real tokens)", "peak_source": "MFU peak from"}
+        lines += [f"| {label} | {result[key]} |" for key, label in names.items() if result.get(key) is not None]
+        for when in ("first", "last"):
+            for name, value in (result.get(when) or {}).items():
+                lines.append(f"| {name} ({when}) | {value} |")
+        lines.append("")
+    if (path := run_dir / "config.yaml").is_file():
+        config = path.read_text(encoding="utf-8").rstrip()
+        lines += ["<details><summary>Configuration of the run: data and hyper-parameters</summary>", ""]
+        lines += ["```yaml", config, "```", "", "</details>", ""]
+    return lines
