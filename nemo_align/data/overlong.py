@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from nemo_align.config.choices import CHOICES
 from nemo_align.data.chat_template import Turn
 
-POLICIES = ("error", "drop", "truncate")
+POLICIES = CHOICES["data.overlong"]
 
 
 class Overlong(ValueError):

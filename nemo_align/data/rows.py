@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def _read_json(path: Path) -> Iterator[Row]:
             array = start.removeprefix(_BOM).lstrip().startswith(b"[")
         with _open(path) as file:
             yield from (_json_array if array else _json_lines)(path, file)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}: damaged gzip file ({error}); copy or download it again") from error
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from nemo_align.config.choices import CHOICES
 from nemo_align.config.data import SelectConfig
 from nemo_align.data.chat import Pair
 
-INVERTED = ("error", "swap", "keep")
-TIES = ("auto", "drop", "keep")
 REWARD_AWARE = ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 
 
@@ -17,9 +16,9 @@ class Selection:
     """Applies `data.select` for one preference loss."""
 
     def __init__(self, config: SelectConfig, preference_loss: str) -> None:
-        for key, value, allowed in (("inverted", config.inverted, INVERTED), ("ties", config.ties, TIES)):
-            if value not in allowed:
-                raise ValueError(f"data.select.{key}: unknown value {value!r}; known: {', '.join(allowed)}")
+        for key, value in (("data.select.inverted", config.inverted), ("data.select.ties", config.ties)):
+            if value not in CHOICES[key]:
+                raise ValueError(f"{key}: unknown value {value!r}; known: {', '.join(CHOICES[key])}")
         self._config = config
         self.needs_rewards = None
         if preference_loss in REWARD_AWARE:
