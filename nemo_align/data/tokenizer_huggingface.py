@@ -76,11 +76,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int], *, skip_control: bool = True) -> str:
         parts = []
+        # Only a text at the very start has the model's extra space, which decoding takes away again.
+        backend = self._text
         for is_control, run in split_at_control([int(token_id) for token_id in ids], self._control):
             if not is_control:
-                parts.append(self._tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+                parts.append(backend.decode(run, skip_special_tokens=False))
             elif not skip_control:
                 parts.extend(self.token_name(token_id) for token_id in run)
+            backend = self._continuation
         return "".join(parts)
 
     def find_control_id(self, name: str) -> int | None:
@@ -111,16 +114,16 @@ def _text_backend(definition: dict[str, Any]) -> Any:
 
 
 def _without_prefix_space(node: Any) -> Any:
-    """The definition with no step that puts a space before a text."""
+    """The definition with no step that puts a space before a text, or takes it away in decoding."""
     if isinstance(node, list):
-        return [_without_prefix_space(part) for part in node if not _prepends(part)]
+        return [_without_prefix_space(part) for part in node if not _is_prefix_step(part)]
     if not isinstance(node, dict):
         return node
     changed = {}
     for key, value in node.items():
-        if key in ("model", "added_tokens", "decoder"):
+        if key in ("model", "added_tokens"):
             changed[key] = value
-        elif _prepends(value):
+        elif _is_prefix_step(value):
             changed[key] = None
         else:
             changed[key] = _without_prefix_space(value)
@@ -131,5 +134,8 @@ def _without_prefix_space(node: Any) -> Any:
     return changed
 
 
-def _prepends(node: Any) -> bool:
-    return isinstance(node, dict) and node.get("type") == "Prepend"
+def _is_prefix_step(node: Any) -> bool:
+    """A normaliser that prepends, or a decoder that strips what was prepended."""
+    return isinstance(node, dict) and (
+        node.get("type") == "Prepend" or (node.get("type") == "Strip" and node.get("content") == " ")
+    )

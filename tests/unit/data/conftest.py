@@ -12,7 +12,7 @@ import sentencepiece
 from nemo_align.data.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = [
-    f"The {colour} fox jumps over {number} lazy dogs.\nQuestion: what is {number} + {number}?\nAnswer: it is {2 * number}."
+    f"The {colour} fox jumps over {number} lazy dogs.\nQuestion: what is {number} + {number}?\nIt is {2 * number}."
     for number in range(60)
     for colour in ("quick", "brown", "small", "happy")
 ]

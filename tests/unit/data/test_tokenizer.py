@@ -95,9 +95,9 @@ def test_only_control_tokens_change_in_a_user_defined_model(user_defined_model: 
 def test_a_control_model_needs_no_edit(control_model: Path) -> None:
     data = control_model.read_bytes()
     assert controls_never_in_text(data) == data
+    cut = control_model.parent / "cut.model"
+    cut.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        cut = control_model.parent / "cut.model"
-        cut.write_bytes(data[: len(data) // 2])
         load_tokenizer(cut)
 
 
@@ -179,3 +179,37 @@ def test_vocabulary_that_matches_control_tokens_by_itself(tmp_path: Path) -> Non
     assert "".join(tokenizer.token_name(i) for i in ids) == "\u2581ab</s>c\u2581<pad>"
     continuation = [tokenizer.token_name(i) for i in tokenizer.encode_continuation("ab")]
     assert continuation == ["a", "b"]
+
+
+@pytest.mark.parametrize("style", ["metaspace", "prepend"])
+def test_prefix_spaces_of_hugging_face_folders(style: str, tmp_path: Path) -> None:
+    """The two ways in which converted SentencePiece models put a space before a text."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", "<pad>", *"\u2581abcdefghijklmnopqrstuvwxyz\n", "\u2581f"]
+    merges = [("\u2581", "f")]
+    backend = Backend(models.BPE({piece: number for number, piece in enumerate(letters)}, merges, unk_token="<unk>"))
+    if style == "metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+        backend.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    else:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(Regex(" "), "\u2581")]
+        )
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+        )
+    backend.add_special_tokens(["<extra_id_1>"])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    turn = tokenizer.control_id("<extra_id_1>")
+    start = tokenizer.encode_text("fox")
+    assert tokenizer.token_name(start[0]) == "\u2581f" and tokenizer.decode(start) == "fox"
+    assert tokenizer.token_name(tokenizer.encode_continuation("fox")[0]) == "f"
+    for text in ("fox", " fox", "  ", "\nfox \n"):
+        assert tokenizer.decode([turn, *tokenizer.encode_continuation(text)]) == text
+        if not text.startswith(" "):  # Metaspace adds no space where there is one, and so loses it in decoding
+            assert tokenizer.decode(tokenizer.encode_text(text)) == text
