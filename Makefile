@@ -17,7 +17,6 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DATA := data/quickstart
-RECIPE := +experiment=quickstart/recipe
 
 # What each environment needs beyond the package itself.
 EXTRAS_quickstart := quickstart,report
@@ -48,11 +47,12 @@ $(DATA)/manifest.json: $(wildcard tools/quickstart_data.py tools/quickstart/*.py
 quickstart-data: $(DATA)/manifest.json
 
 quickstart: $(VENV)/.ready-quickstart $(DATA)/manifest.json
-	$(BIN)/nemo-align pipeline $(RECIPE)
+	$(BIN)/nemo-align pipeline +experiment=quickstart/recipe
 
-# Every stage and hand-off of the recipe, a few steps each.
+# Every stage and hand-off of the recipe, four steps each, from the start each time.
 quickstart-short: $(VENV)/.ready-quickstart $(DATA)/manifest.json
-	$(BIN)/nemo-align pipeline $(RECIPE) experiment=quickstart/short 'overrides=[train.max_steps=4]'
+	@rm -rf runs/quickstart/short
+	$(BIN)/nemo-align pipeline +experiment=quickstart/short
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -14,21 +14,22 @@ class Amounts:
     multilingual_tokens: int = 400_000
     code_tokens: int = 400_000
     held_out_tokens: int = 16_000  # of each validation set of pretraining
+    held_out_document_tokens: int = 2_000  # so that a set holds several pages
     qa_tokens: int = 150_000
-    code_sft_rows: int = 1600
-    general_sft_dialogues: int = 700
+    code_sft_rows: int = 1100
+    general_sft_dialogues: int = 900
     general_sft_tasks: int = 1700
     reward_rows: int = 1400
     task_pairs: int = 900
     code_pairs: int = 500
     validation_rows: int = 96  # of each set of rows
-    row_tokens: int = 384  # longer rows are left out, so that sequences of 512 hold every row
+    row_tokens: int = 512  # longer rows are left out
     response_tokens: int = 240  # of the code in a pair: both responses stay in one micro-batch
     tokenizer_characters: int = 3_000_000
 
     def small(self) -> Amounts:
         """A fortieth of everything: for tests."""
         scaled = {field.name: max(1, getattr(self, field.name) // 40) for field in fields(self)}
-        kept = {"row_tokens": self.row_tokens, "response_tokens": self.response_tokens, "wikipedia_pages": 25}
-        kept |= {"validation_rows": 8, "tokenizer_characters": 600_000}
+        kept = {"row_tokens": self.row_tokens, "response_tokens": self.response_tokens, "wikipedia_pages": 40}
+        kept |= {"validation_rows": 8, "tokenizer_characters": 600_000, "held_out_document_tokens": 500, "held_out_tokens": 2_000}
         return replace(self, **{**scaled, **kept})

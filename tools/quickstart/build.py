@@ -66,12 +66,13 @@ def _tasks_per_generator(amounts: Amounts) -> int:
 
 
 def _write_pretraining(output: Output, corpus: Corpus, amounts: Amounts) -> None:
+    held_out = amounts.held_out_tokens, amounts.held_out_document_tokens
     for kind in _PRETRAINING:
         documents = getattr(corpus, kind)
         output.documents(f"pretrain/{kind}", documents[TRAIN], getattr(amounts, f"{kind}_tokens"))
-        output.documents(f"pretrain/validation_{kind}", documents[VALIDATION], amounts.held_out_tokens)
+        output.documents(f"pretrain/validation_{kind}", documents[VALIDATION], *held_out)
     output.documents("continued/qa", corpus.qa[TRAIN], amounts.qa_tokens)
-    output.documents("continued/validation_qa", corpus.qa[VALIDATION], amounts.held_out_tokens)
+    output.documents("continued/validation_qa", corpus.qa[VALIDATION], *held_out)
 
 
 def _write_code_sft(output: Output, code: list[CodeTask], amounts: Amounts) -> list[tuple[str, Row]]:

@@ -39,8 +39,7 @@ def build_corpus(
     code: list[CodeTask], conversations: list[Conversation], tasks: list[ProceduralTask], amounts: Amounts
 ) -> Corpus:
     """All documents, in an order that depends on nothing but their text."""
-    titled = sorted(islice(pages(), amounts.wikipedia_pages), key=lambda page: digest(page[0]))
-    english = divide(titled_page for titled_page in ((title, text) for title, text in titled))
+    english = divide(sorted(islice(pages(), amounts.wikipedia_pages), key=lambda page: digest(page[0])))
     solutions = divide((item.task, f"# {item.task}\n{item.code}") for item in sorted(code, key=lambda i: digest(i.task)))
     return Corpus(english=english, multilingual=_other_languages(conversations), code=solutions, qa=_qa(conversations, tasks))
 

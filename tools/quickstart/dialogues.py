@@ -33,7 +33,7 @@ def conversations() -> Iterator[Conversation]:
         for entry in _load(path).get("conversations") or ():
             if not isinstance(entry, list):
                 continue  # a few files have loose strings between their conversations
-            turns = tuple(" ".join(turn.split()) for turn in map(_text, entry) if turn.strip())
+            turns = tuple(_tidy(turn) for turn in map(_text, entry) if turn.strip())
             if len(turns) >= 2 and turns not in seen:
                 seen.add(turns)
                 yield Conversation(path.parent.name, path.stem, turns)
@@ -61,3 +61,8 @@ def _text(turn: object) -> str:
     if isinstance(turn, dict):
         return ", ".join(f"{key}: {value}" for key, value in turn.items())
     return "" if turn is None else str(turn)
+
+
+def _tidy(turn: str) -> str:
+    """Code in an answer keeps its lines."""
+    return "\n".join(line.rstrip() for line in turn.strip().splitlines())

@@ -32,12 +32,12 @@ class Output:
             self._lengths[text] = len(self.tokenizer.encode_text(text))
         return self._lengths[text]
 
-    def documents(self, name: str, texts: Iterable[str], max_tokens: int) -> None:
+    def documents(self, name: str, texts: Iterable[str], max_tokens: int, max_document_tokens: int | None = None) -> None:
         """`<name>.bin` and `.idx`: texts in order until there are `max_tokens`; the last is cut there."""
         kept: list[list[int]] = []
         total = 0
         for text in texts:
-            ids = self.tokenizer.encode_text(text)[: max_tokens - total]
+            ids = self.tokenizer.encode_text(text)[:max_document_tokens][: max_tokens - total]
             if not ids:
                 break
             kept.append(ids)
