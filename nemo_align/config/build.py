@@ -54,10 +54,9 @@ def missing_keys(config: Any, prefix: str = "") -> list[str]:
 
 def missing_message(root: type, key: str, alias: str | None = None) -> str:
     """`optimizer.lr is missing: peak learning rate (number). Example: optimizer.lr=3e-7`."""
-    name = key.replace("[", ".").replace("]", "")
-    entry = _describe(root, name)
-    leaf = name.rpartition(".")[2]
-    example = EXAMPLES.get(name) or EXAMPLES.get(leaf) or _BY_TYPE[entry.node.type]
+    entry = _describe(root, key)
+    leaf = key.rpartition(".")[2]
+    example = EXAMPLES.get(key) or EXAMPLES.get(leaf) or _BY_TYPE[entry.node.type]
     meaning = f"{entry.doc} ({entry.node})" if entry.doc else str(entry.node)
     shown = alias or key
     return f"{shown} is missing: {meaning}. Example: {shown}={example}"
@@ -66,7 +65,7 @@ def missing_message(root: type, key: str, alias: str | None = None) -> str:
 def _describe(root: type, name: str) -> schema.Key:
     """The schema's entry of a key with real names and list positions in it."""
     cls, node, doc = root, Node("section", root), ""
-    for part in name.split("."):
+    for part in name.replace("[", ".[").split("."):
         if node.kind == "section":
             cls = node.type
             doc = schema.field_docs(cls)[part]

@@ -208,7 +208,8 @@ def _hydra_message(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         written = error.override.removeprefix("++")
         key, _, value = written.partition("=")
-        return f"cannot read {written!r}: {_first_line(error)}. Quotes inside quotes may be needed: '{key}=\"{value}\"'"
+        quoted = f"'{key}=\"{value}\"'"
+        return f"cannot read {written!r}: {_first_line(error)}. Text with = , : {{ }} or spaces needs quotes: {quoted}"
     if "Ambiguous value" in text:
         return f"{_first_line(error).replace('++', '')}: several values of a key are several runs, add --multirun"
     return " ".join(line.strip() for line in text.splitlines()[:3])

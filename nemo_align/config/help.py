@@ -20,7 +20,8 @@ _EXAMPLES = {
     "pretrain": (
         "nemo-align pretrain +experiment=quickstart/pretrain",
         "nemo-align pretrain model=tiny optimizer.lr=1e-3 train.global_batch_size=32 \\\n"
-        "      data.tokenizer=tokenizer.model data.phases.main.steps=1000 data.phases.main.blend.english.path=data/english",
+        "      data.tokenizer=tokenizer.model data.phases.main.steps=1000 \\\n"
+        "      data.phases.main.blend.english.path=data/english",
     ),
     "sft": (
         "nemo-align sft +experiment=quickstart/code_sft parallel.tensor=2",

@@ -122,6 +122,9 @@ def _keys_of(name: str, node: Node, default: Any, doc: str) -> Iterator[Key]:
         yield from _keys_of(f"{name}.{FREE_NAME}", node.item, MISSING, doc)
     elif node.kind == "table":
         yield Key(f"{name}.{FREE_NAME}", node.item, default if default is None else MISSING, doc)
+    elif node.kind == "list" and node.item.kind == "section":
+        yield Key(name, node, default, doc)
+        yield from keys(node.item.type, f"{name}[].")
     else:
         yield Key(name, node, default, doc)
 
@@ -129,10 +132,10 @@ def _keys_of(name: str, node: Node, default: Any, doc: str) -> Iterator[Key]:
 def find(cls: type, key: str) -> Node | None:
     """The node of a dotted key, None if the schema has no such key."""
     node = Node("section", cls)
-    for name in key.split("."):
+    for name in key.replace("[", ".[").split("."):
         if node.kind == "section" and name in fields(node.type):
             node = fields(node.type)[name]
-        elif node.kind == "table" and name:
+        elif (node.kind == "table" and name) or (node.kind == "list" and name.startswith("[")):
             node = node.item
         else:
             return None

@@ -79,15 +79,14 @@ def nearest_key(unknown: str, root: type) -> str | None:
 def unknown_key_message(unknown: str, verb: str) -> str:
     """`unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?`, or what else can be said about it."""
     message = f"unknown key '{unknown}'"
-    plain = unknown.split("[")[0]
-    owners = [other for other, root in schema.VERBS.items() if other != verb and schema.find(root, plain)]
+    owners = [other for other, root in schema.VERBS.items() if other != verb and schema.find(root, unknown)]
     if owners:
         return f"{message} for {verb}: it belongs to {', '.join(owners)}"
-    if elsewhere := _key_of_another_verb(plain, verb):
+    if elsewhere := _key_of_another_verb(unknown, verb):
         return f"{message} for {verb}; {elsewhere}"
     if found := nearest_key(unknown, schema.VERBS[verb]):
         return f"{message}; did you mean '{found}'?"
-    section, root = plain.rpartition(".")[0], schema.VERBS[verb]
+    section, root = unknown.rpartition(".")[0], schema.VERBS[verb]
     while section and schema.find(root, section) is None:
         section = section.rpartition(".")[0]
     node = schema.find(root, section) if section else schema.Node("section", root)
@@ -115,8 +114,13 @@ def _similarity(name: str, other: str) -> float:
 
 def _with_names_of(key: str, parts: list[str]) -> str:
     """`key` with its free names taken from the same places of what the user wrote."""
+
+    def filled(name: str, written: str) -> str:
+        is_item = name.endswith("[]") and written.startswith(name[:-1])
+        return written if name == schema.FREE_NAME or is_item else name
+
     names = key.split(".")
-    return ".".join(parts[i] if name == schema.FREE_NAME and i < len(parts) else name for i, name in enumerate(names))
+    return ".".join(filled(name, parts[i]) if i < len(parts) else name for i, name in enumerate(names))
 
 
 def _sections(root: type, prefix: str = "") -> list[str]:

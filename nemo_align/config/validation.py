@@ -180,7 +180,7 @@ def _check_initial(config: WorkerConfig, model_known: bool, initial: InitialChec
         if init_from is None:
             yield "checkpoint.load_optimizer=true needs checkpoint.init_from, whose optimizer state it loads"
         elif initial is not None and initial.kind == "hf":
-            yield f"checkpoint.load_optimizer=true, but {initial.path} is a Hugging Face folder: no optimizer state there"
+            yield f"checkpoint.load_optimizer=true, but {initial.path} is a Hugging Face folder and has none"
     if (
         isinstance(config, RewardStageConfig)
         and config.reward.load_head

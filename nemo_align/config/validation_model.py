@@ -82,8 +82,8 @@ def _check_sizes(parallel: ParallelConfig) -> Iterator[str]:
         )
     if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
         yield (
-            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true, whose parameters it gathers, and "
-            "parallel.overlap_grad_reduce=true"
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true, whose parameters "
+            "it gathers, and parallel.overlap_grad_reduce=true"
         )
 
 
