@@ -2,8 +2,8 @@
 
     python -m nemo_align.worker <verb> <config.yaml>
 
-Started by our own launcher; under torchrun and inside an srun step the command itself calls `main`. The configuration is
-the resolved file that the command has checked and written: a worker composes nothing.
+Started by our own launcher; under torchrun and inside an srun step the command itself calls `main`. The configuration
+is the resolved file that the command has checked and written: a worker composes nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main(verb: str, config_path: str | Path) -> int:
     """
     stop = StopRequest()
     stop.install()
+    logs.quiet_libraries()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2 <pid> shows where a silent worker is
     environment = launch_environment.detect() or launch_environment.single_process()

@@ -13,7 +13,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.distributed.pool import WorkerPool  # noqa: E402
+from tests.distributed.pool import WorkerPool
+from tests.stage_inputs import StageInputs, make_stage_inputs  # noqa: E402
 
 
 def _pool(world_size: int) -> Iterator[WorkerPool]:
@@ -38,3 +39,9 @@ def pool2() -> Iterator[WorkerPool]:
 def pool4() -> Iterator[WorkerPool]:
     """Four workers."""
     yield from _pool(4)
+
+
+@pytest.fixture(scope="session")
+def stage_inputs(tmp_path_factory: pytest.TempPathFactory) -> StageInputs:
+    """Tokenizer, rows and blend for runs of whole stages."""
+    return make_stage_inputs(tmp_path_factory.mktemp("stage_inputs"))

@@ -27,7 +27,10 @@ import torch.jit._builtins
 import torch.utils._device
 
 # Factories that Megatron-core calls with a literal device="cuda".
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like", "full_like")
+_FACTORIES = (
+    *("tensor", "zeros", "ones", "empty", "full", "arange"),
+    *("zeros_like", "ones_like", "empty_like", "full_like"),
+)
 _TYPE_NAMES = ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor", "IntTensor", "LongTensor", "ByteTensor")
 # With one of these importable Megatron-core picks its CUDA kernels whether or not there is a GPU.
 _GPU_ONLY_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex")
@@ -40,7 +43,7 @@ def install() -> None:
     """Install every answer, once per process.
 
     Raises:
-        RuntimeError: Transformer Engine or Apex was imported before: Megatron-core may have chosen their kernels already.
+        RuntimeError: Transformer Engine or Apex was imported before: Megatron-core may have chosen their kernels.
         ModuleNotFoundError: psutil is missing, without which Megatron's checkpoint writer dies and the save hangs.
     """
     global _installed
@@ -89,7 +92,7 @@ class _Stream(torch.cpu.Stream):
 class _Event(torch.cpu.Event):
     """Stands for torch.cuda.Event, whose options mean nothing on a CPU."""
 
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **_: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
 
 
@@ -123,8 +126,8 @@ def _answer_tensor_types() -> None:
 
 
 def _answer_factories() -> None:
-    # torch keeps a set of its factories for `with torch.device(...)`, built on first use from these very names. Let it see
-    # the originals: they are what torch passes on, and without them that context would stop working.
+    # torch keeps a set of its factories for `with torch.device(...)`, built on first use from these very names. Let it
+    # see the originals: they are what torch passes on, and without them that context would stop working.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _with_cpu_for_cuda(getattr(torch, name)))

@@ -79,8 +79,8 @@ def launch(argv: list[str], num_workers: int, log_dir: str | Path, env: Mapping[
         env: environment of the workers (ours unless given).
 
     Returns:
-        SUCCESS when all workers succeeded; STOPPED_AFTER_SAVING when a signal stopped them; INTERRUPTED after Ctrl-C; else
-        the code of the worker that failed first (128 + signal number if a signal killed it).
+        SUCCESS when all workers succeeded; STOPPED_AFTER_SAVING when a signal stopped them; INTERRUPTED after Ctrl-C;
+        else the code of the worker that failed first (128 + signal number if a signal killed it).
     """
     log_dir = Path(log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,8 @@ def launch(argv: list[str], num_workers: int, log_dir: str | Path, env: Mapping[
 
 
 def _worker_variables(env: Mapping[str, str] | None, rank: int, world_size: int, init_method: str) -> dict[str, str]:
-    variables = {name: value for name, value in (os.environ if env is None else env).items() if name not in _FOREIGN_VARIABLES}
+    inherited = os.environ if env is None else env
+    variables = {name: value for name, value in inherited.items() if name not in _FOREIGN_VARIABLES}
     threads = str(max(1, len(os.sched_getaffinity(0)) // world_size))
     for name in _THREAD_VARIABLES:
         variables.setdefault(name, threads)
@@ -115,7 +116,7 @@ def _start(argv: list[str], rank: int, log_dir: Path, variables: dict[str, str])
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output is not None else None,
-            # A group of its own: Ctrl-C then reaches the parent alone, and what the worker started can be ended with it.
+            # A group of its own: Ctrl-C reaches the parent alone, and what the worker started can be ended with it.
             process_group=0,
             preexec_fn=partial(_prepare_worker, os.getpid()),
         )

@@ -30,7 +30,7 @@ def seed_everything(seed: int, topology: Topology) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every generator as numbers, strings and tensors only, so that it can be read back without pickle's dangers."""
+    """State of every generator, as numbers, strings and tensors only: it can be read back without unpickling code."""
     from megatron.core import tensor_parallel
 
     version, words, gauss = random.getstate()

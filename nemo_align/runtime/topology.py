@@ -9,9 +9,9 @@ All groups come from one array of ranks, tensor parallelism varying fastest, the
     data 1        2         3            data 1        8         9
     data 2        4         5            data 2       10        11
 
-A row is a tensor group {2, 3}: it splits each layer, talks in every layer, and so sits on neighbouring GPUs. A column is
-a data group {0, 2, 4}: it sums gradients once per step. The same cell on both sides is a pipeline group {2, 8}: it hands
-activations on. rank = tensor_rank + tensor * (data_rank + data * pipeline_rank).
+A row is a tensor group {2, 3}: it splits each layer, talks in every layer, and so sits on neighbouring GPUs. A column
+is a data group {0, 2, 4}: it sums gradients once per step. The same cell on both sides is a pipeline group {2, 8}: it
+hands activations on. rank = tensor_rank + tensor * (data_rank + data * pipeline_rank).
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, environment: La
         data_rank=parallel_state.get_data_parallel_rank(),
         device=device.device(),
     )
-    assert topology.rank == topology.tensor_rank + parallel.tensor * (topology.data_rank + data * topology.pipeline_rank)
+    column = topology.data_rank + data * topology.pipeline_rank
+    assert topology.rank == topology.tensor_rank + parallel.tensor * column, "not the order of the picture above"
     seeds.seed_everything(runtime.seed, topology)
     return topology
 
@@ -152,8 +153,10 @@ def join(runtime: RuntimeConfig, environment: LaunchEnvironment) -> None:
     here = device.select(environment.local_rank)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    elif not device.use_gpu():
+    elif not device.use_gpu() and "OMP_NUM_THREADS" not in os.environ:  # torch has read it
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
+    if environment.source == "local":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks for the host's name, which may not resolve
     torch.use_deterministic_algorithms(runtime.deterministic)
     if environment.world_size == 1 and not environment.init_method:
         meeting = {"store": dist.HashStore()}  # nobody to meet: no port, no file

@@ -12,6 +12,7 @@ modules need not be importable by name (pytest's importlib mode).
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import importlib.util
@@ -26,7 +27,7 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class RemoteError(Exception):
 
 
 def with_topology(fn: Callable, parallel: dict[str, Any], *args: Any, seed: int = 1234, **kwargs: Any) -> Any:
-    """In a worker: `fn(topology, *args, **kwargs)` on a grid with these ParallelConfig fields, taken apart afterwards."""
+    """In a worker: `fn(topology, *args, **kwargs)` on a grid with these ParallelConfig fields, taken off afterwards."""
     from nemo_align.config.runtime import ParallelConfig, RuntimeConfig
     from nemo_align.runtime import topology
 
@@ -155,19 +156,17 @@ class WorkerPool:
         return "\n".join(text.splitlines()[-40:])
 
 
-class _environment_of_workers:  # noqa: N801  # a context manager, read like one
+@contextlib.contextmanager
+def _environment_of_workers() -> Iterator[None]:
     """The variables that the workers inherit: through the fork server, which starts with the first worker."""
-
-    _VARIABLES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-    def __enter__(self) -> None:
-        path = os.pathsep.join([str(_TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        wanted = {**self._VARIABLES, "PYTHONPATH": path}
-        self._before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
+    path = os.pathsep.join([str(_TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    wanted = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
@@ -218,7 +217,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, types.FunctionType | type):
             return None
         file = getattr(sys.modules.get(obj.__module__), "__file__", None)
-        if file is None or _TESTS not in Path(file).resolve().parents or Path(file).resolve() == Path(__file__).resolve():
+        if file is None or _TESTS not in Path(file).resolve().parents or Path(file).samefile(__file__):
             return None
         if "<locals>" in obj.__qualname__:
             raise TypeError(f"{obj.__qualname__} must stand at the top level of {file}: workers find it by its name")

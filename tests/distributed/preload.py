@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 from nemo_align.runtime import device
 
 device.install()
 
-import megatron.core.distributed  # noqa: E402, F401
-import megatron.core.models.gpt  # noqa: E402, F401
-import megatron.core.optimizer  # noqa: E402, F401
-import megatron.core.pipeline_parallel  # noqa: E402, F401
+for module in ("distributed", "models.gpt", "optimizer", "pipeline_parallel"):
+    importlib.import_module(f"megatron.core.{module}")

@@ -100,7 +100,11 @@ def train(topology, dtype_name: str, distributed_optimizer: bool = True, overlap
         positions = torch.arange(LENGTH).expand_as(tokens)
         mask = torch.triu(torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), diagonal=1)
         losses = model(tokens, positions, mask, labels=labels)
-        return losses, lambda output: (output.float().sum(), torch.tensor(output.numel()), {"sum": output.float().sum().detach()})
+        return losses, summed
+
+    def summed(losses):
+        loss = losses.float().sum()
+        return loss, torch.tensor(losses.numel()), {"sum": loss.detach()}
 
     def batches(step: int):
         generator = torch.Generator().manual_seed(step)

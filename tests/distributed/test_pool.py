@@ -76,7 +76,7 @@ def test_topology_is_put_on_and_taken_off(pool2):
 
 def test_an_error_on_all_ranks_leaves_the_pool_alive(pool2):
     before = pool2.run(pid)
-    with pytest.raises(RemoteError, match="(?s)raised:.*in raise_on.*ValueError: bad luck on"):
+    with pytest.raises(RemoteError, match=r"(?s)raised:.*in raise_on.*ValueError: bad luck on"):
         pool2.run(raise_on, 0, 1)
     assert pool2.run(pid) == before
 

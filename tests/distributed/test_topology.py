@@ -84,7 +84,7 @@ def test_sequence_parallel_needs_a_tensor_group(pool2):
 
 @pytest.mark.parametrize("parallel", [{"tensor": 4}, {"tensor": 2, "data": 2}, {"pipeline": 3}])
 def test_a_grid_that_does_not_fit_is_refused(pool2, parallel):
-    with pytest.raises(RemoteError, match="processes .*were started. Change the layout") as caught:
+    with pytest.raises(RemoteError, match=r"processes .*were started\. Change the layout") as caught:
         pool2.run(with_topology, place, parallel)
     assert caught.value.type_name == "ValueError"
 

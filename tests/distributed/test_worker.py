@@ -125,7 +125,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_round(command, tmp_path):
                     out.write(str(os.getpid()))
             time.sleep(0.05)
     """)
-    code = f"import sys; from nemo_align.runtime.local_launch import launch; sys.exit(launch({argv!r}, 2, {str(tmp_path)!r}))"
+    code = f"from nemo_align.runtime.local_launch import launch; exit(launch({argv!r}, 2, {str(tmp_path)!r}))"
     parent = subprocess.Popen([sys.executable, "-c", code])
     pid_file = tmp_path / "run" / "pid_1"
     deadline = time.monotonic() + 60

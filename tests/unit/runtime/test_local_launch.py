@@ -39,7 +39,8 @@ def worker(tmp_path, monkeypatch):
 
 def parent_of(argv: list[str], num_workers: int, log_dir: Path) -> subprocess.Popen:
     """A launcher in a process of its own, to be sent signals."""
-    code = f"import sys; from nemo_align.runtime.local_launch import launch; sys.exit(launch({argv!r}, {num_workers}, {str(log_dir)!r}))"
+    call = f"launch({argv!r}, {num_workers}, {str(log_dir)!r})"
+    code = f"from nemo_align.runtime.local_launch import launch; exit({call})"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -69,7 +70,10 @@ def test_ranks_threads_and_outputs(worker, tmp_path, capfd, monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "7")  # of some launcher around us
-    argv = worker("print(me.rank, me.world_size, me.local_rank, me.source, os.environ['OMP_NUM_THREADS'], 'RANK' in os.environ)")
+    argv = worker("""
+        place = (me.rank, me.world_size, me.local_rank, me.source)
+        print(*place, os.environ["OMP_NUM_THREADS"], "RANK" in os.environ)
+    """)
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
     for _ in range(2):
         assert launch(argv, 3, tmp_path / "logs") == exit_codes.SUCCESS
@@ -112,7 +116,8 @@ def test_a_worker_that_ignores_sigterm_is_killed_with_what_it_started(worker, tm
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     assert launch(argv, 2, tmp_path / "logs") == 128 + signal.SIGKILL
-    assert "worker 1 of 2 ended with signal SIGKILL (the kernel does this when memory runs out)" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "worker 1 of 2 ended with signal SIGKILL (the kernel does this when memory runs out)" in said
     wait_for(lambda: not alive(pids_in(tmp_path, 1)))
 
 
@@ -214,6 +219,6 @@ def test_gpus_are_counted_without_torch(tmp_path, monkeypatch):
 
 
 def test_the_launcher_needs_no_torch():
-    code = "import sys, nemo_align.runtime.local_launch, nemo_align.runtime.signals, nemo_align.worker; print('torch' in sys.modules)"
+    code = "import sys, nemo_align.runtime.local_launch, nemo_align.worker; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "False\n"
