@@ -31,7 +31,8 @@ def tokenize_preference(
 ) -> TokenizedRows:
     """Two segments per pair, chosen then rejected; targets "chosen_reward" and "rejected_reward" [N], NaN if absent.
 
-    `preference_loss` decides whether rewards are needed and what `select.ties=auto` means.
+    `preference_loss` decides whether rewards are needed and what `select.ties=auto` means. Held-out pairs go through
+    the same selection.
     """
     check_policy(config.overlong, config.sequence_length)
     template = ChatTemplate(tokenizer, config.default_system)

@@ -34,7 +34,7 @@ class Row:
 def read_rows(config: RowsConfig, *, seed: int) -> Iterator[Row]:
     """The rows of one source, in file order; with max_rows or fraction a seeded choice of them."""
     chosen = choose_rows(config, seed=seed)
-    for row in _read(Path(config.path)):
+    for row in _all_rows(Path(config.path)):
         if chosen is None or row.number in chosen:
             yield row
 
@@ -51,7 +51,7 @@ def choose_rows(config: RowsConfig, *, seed: int) -> frozenset[int] | None:
         raise ValueError(f"fraction {config.fraction} of {config.path}: must be above 0 and at most 1")
     if config.max_rows is not None and config.max_rows < 1:
         raise ValueError(f"max_rows {config.max_rows} of {config.path}: must be at least 1")
-    total = sum(1 for _ in _read(Path(config.path)))
+    total = sum(1 for _ in _all_rows(Path(config.path)))
     keep = total if config.fraction is None else max(1, round(total * config.fraction))
     keep = keep if config.max_rows is None else min(keep, config.max_rows)
 
@@ -59,6 +59,13 @@ def choose_rows(config: RowsConfig, *, seed: int) -> frozenset[int] | None:
         return hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
 
     return frozenset(sorted(range(1, total + 1), key=rank)[:keep])
+
+
+def _all_rows(path: Path) -> Iterator[Row]:
+    try:
+        yield from _read(path)
+    except OSError as error:  # no permission, a damaged page of a parquet file, a disk that fails
+        raise ValueError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
 
 
 def _read(path: Path) -> Iterator[Row]:

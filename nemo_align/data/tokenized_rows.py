@@ -14,17 +14,23 @@ example i is tokens[offsets[i * segments + s] : offsets[i * segments + s + 1]].
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import psutil
+
+log = logging.getLogger("nemo_align")
 
 FORMAT_VERSION = 1  # part of every cache key: raise it when the meaning of a file or of a rendering changes
 
@@ -227,9 +233,10 @@ def open_or_build(
     """
     folder = Path(cache_dir) / f"{kind}_{fingerprint[:20]}"
     if (folder / "meta.json").is_file():
-        return TokenizedRows(folder)
+        return _opened(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    _remove_unfinished(folder)
+    building = Path(tempfile.mkdtemp(prefix=f"{_unfinished_prefix(folder)}{os.getpid()}.", dir=folder.parent))
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would shut out colleagues who share the cache
         writer = TokenizedRowsWriter(building, segments=segments, targets=targets or {})
@@ -244,4 +251,22 @@ def open_or_build(
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return TokenizedRows(folder)
+    return _opened(folder)
+
+
+def _opened(folder: Path) -> TokenizedRows:
+    rows = TokenizedRows(folder)
+    log.info("%s", rows.summary())
+    return rows
+
+
+def _unfinished_prefix(folder: Path) -> str:
+    return f".{folder.name}.{socket.gethostname()}."
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Take away what processes of this machine left that were killed while they built the same cache."""
+    prefix = _unfinished_prefix(folder)
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(prefix).split(".")[0])):
+            shutil.rmtree(left, ignore_errors=True)

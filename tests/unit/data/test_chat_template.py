@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nemo_align.data.chat import Message
@@ -163,3 +164,49 @@ def test_a_tokenizer_that_cannot_carry_the_template(train_sentencepiece: Callabl
     )
     with pytest.raises(ValueError, match=r"loses newlines.*normalization_rule_name=identity"):
         ChatTemplate(load_tokenizer(lossy))
+
+
+@pytest.mark.parametrize("model", ["control_model", "user_defined_model", "dummy_prefix_model", "hf_folder"])
+def test_random_dialogues(model: str, request: pytest.FixtureRequest) -> None:
+    """Whatever the texts: the tokens spell the template, every prompt is a prefix, and the loss is where it belongs."""
+    tokenizer = load_tokenizer(request.getfixturevalue(model))
+    template = ChatTemplate(tokenizer)
+    random = np.random.default_rng(1)
+    parts = [
+        "<extra_id_1>",
+        "Assistant",
+        "User\n",
+        "</s>",
+        "<",
+        ">",
+        " ",
+        "\n",
+        "fox",
+        "é",
+        "\r\n",
+        "<extra_id_2>",
+        "\0",
+    ]
+    for _ in range(60):
+        contents = ["".join(random.choice(parts, size=random.integers(0, 7))) for _ in range(2 * random.integers(1, 4))]
+        messages = turns(*contents)
+        tokens, mask = template.dialogue(template.turns(messages))
+        assert tokenizer.decode(tokens, skip_control=False) == render_text(messages)
+        assert tokens.count(template.turn_start) == len(messages) + 1
+        learnt = [tokenizer.decode([template.turn_start, *run]) for run in runs(tokens, mask)]
+        assert learnt == [text + "\n" for text in contents[1::2]]
+        for end in range(1, len(messages), 2):
+            prompt = template.prompt(template.turns(messages[:end]))
+            assert tokens[: len(prompt)] == prompt
+            assert mask[len(prompt)] and not mask[len(prompt) - 1]
+
+
+def runs(tokens: list[int], mask: list[bool]) -> list[list[int]]:
+    """The stretches of tokens in the loss."""
+    stretches: list[list[int]] = []
+    for before, token, learnt in zip([False, *mask], tokens, mask, strict=False):
+        if learnt and not before:
+            stretches.append([])
+        if learnt:
+            stretches[-1].append(token)
+    return stretches

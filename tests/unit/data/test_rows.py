@@ -124,6 +124,12 @@ def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_text("not parquet")
     with pytest.raises(ValueError, match="not a parquet file"):
         read(tmp_path / "rows.parquet")
+    good = write_parquet(tmp_path)
+    damaged = bytearray(good.read_bytes())
+    damaged[4:200] = bytes(196)
+    good.write_bytes(damaged)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(good)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines(RECORDS).encode())[:-20])
     with pytest.raises(ValueError, match="damaged gzip"):
         read(tmp_path / "rows.jsonl.gz")

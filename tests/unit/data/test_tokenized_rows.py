@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +118,29 @@ def test_example_fingerprint_sees_tokens_masks_and_borders(tmp_path: Path) -> No
         variant("e", ([1, 5], [False, True]), ([3, 4], [False, True])),
     }
     assert base not in others and len(others) == 3
+
+
+def test_what_a_killed_builder_left_is_removed(tmp_path: Path) -> None:
+    """The builder is ended by SIGKILL in the middle, in a process of its own; another that lives is left alone."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from nemo_align.data.tokenized_rows import open_or_build
+def build(writer):
+    writer.add([([1, 2], [False, True])], origin=(0, 1))
+    os.kill(os.getpid(), signal.SIGKILL)
+open_or_build(Path(sys.argv[1]), kind="sft", fingerprint="f" * 32, segments=1, build=build, sources=["a"])
+"""
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    alive = tmp_path / left.name.replace(f".{left.name.split('.')[-2]}.", f".{os.getpid()}.")
+    alive.mkdir()
+
+    def build(writer: TokenizedRowsWriter) -> dict[str, int]:
+        assert not left.exists() and alive.exists()
+        writer.add([([1, 2], [False, True])], origin=(0, 1))
+        return {}
+
+    open_or_build(tmp_path, kind="sft", fingerprint="f" * 32, segments=1, build=build, sources=["a"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, f"sft_{'f' * 20}"]
