@@ -30,6 +30,7 @@ class StageResult:
     last: dict[str, float] = field(default_factory=dict)  # and at the end
     mfu: float | None = None  # of the training steps, 0..1
     mfu_padded: float | None = None
+    mfu_causal: float | None = None  # attention halved, as Megatron-LM counts it
     tokens_per_second_per_gpu: float | None = None
     peak_tflops: float | None = None  # per device
     peak_source: str | None = None

@@ -1,0 +1,167 @@
+"""`nemo-align pipeline`: runs or submits the stages that are not done, and keeps manifest.json."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_align.config.compose import ConfigError, compose
+from nemo_align.config.pipeline import PipelineConfig
+from nemo_align.pipeline import slurm
+from nemo_align.pipeline.chain import Stage, build_chain, compose_chain
+from nemo_align.pipeline.local import LocalRunner, command, exclusive
+from nemo_align.pipeline.manifest import Manifest, read_manifest, update
+from nemo_align.pipeline.resume import config_hash, is_complete, log_file, output_identity, stages_to_run
+from nemo_align.pipeline.summary import summarize
+from nemo_align.runtime import exit_codes
+from nemo_align.training.result import read_result
+
+
+def main(config: PipelineConfig, raw_overrides: Sequence[str] = ()) -> int:
+    """Run the chain; starting the same command again goes on where it stopped.
+
+    `raw_overrides`: of the command line, recorded in the manifest.
+
+    Returns:
+        SUCCESS; STOPPED if a signal stopped it after saving; else the exit code of the stage that failed.
+
+    Raises:
+        ValueError: a mistake in any stage, found before the first starts; stages in the folder that do not fit.
+    """
+    run_dir = Path(config.run_dir)
+    stages = build_chain(config)
+    with exclusive(run_dir):
+        finished = {stage.name for stage in stages if is_complete(stage)}
+        configs = compose_chain(stages, finished)
+        manifest = update(
+            read_manifest(run_dir),
+            config.experiment,
+            list(raw_overrides),
+            [(stage.name, stage.verb, stage.run_dir) for stage in stages],
+        )
+        todo = stages_to_run(stages, configs, manifest)
+        for stage in stages:
+            if stage not in todo:
+                _take_over(stage, manifest, configs[stage.name])
+        if config.dry_run:
+            _print_commands(config, todo, configs, manifest)
+            return exit_codes.SUCCESS
+        manifest.write(run_dir)
+        if config.cluster.kind == "slurm":
+            return _submit(config, stages, todo, configs, manifest)
+        return _run_here(run_dir, stages, todo, manifest)
+
+
+def _run_here(run_dir: Path, stages: list[Stage], todo: list[Stage], manifest: Manifest) -> int:
+    runner = LocalRunner()
+    with runner.handling_signals():
+        for number, stage in enumerate(stages, start=1):
+            title = f"stage {number} of {len(stages)}: {stage.name} ({stage.verb})"
+            if stage not in todo:
+                _say(f"{title}: complete")
+                continue
+            _say(title)
+            code = _run_stage(stage, runner, manifest, run_dir)
+            status = manifest[stage.name].status
+            if status == "stopped" or (runner.stopped and stage is not todo[-1]):
+                _say("stopped; the same command goes on from here")
+                return code or exit_codes.STOPPED
+            if status == "failed":
+                _say(f"stage {stage.name} failed (exit code {code}), see {log_file(stage)}; the same command goes on there")
+                summarize(run_dir, manifest)
+                return code
+        summarize(run_dir, manifest)
+    return exit_codes.SUCCESS
+
+
+def _run_stage(stage: Stage, runner: LocalRunner, manifest: Manifest, run_dir: Path) -> int:
+    """Run one stage to its end and record it; returns its exit code, never 0 unless it is complete."""
+    # Composed once more, now that what it reads is there: a mistake that only files can show is named here.
+    config = compose(stage.verb, stage.arguments)
+    record = manifest[stage.name]
+    record.restarts += record.status != "pending"
+    record.status = "running"
+    record.config_hash = config_hash(config)
+    record.input = config.checkpoint.init_from
+    record.inputs = _inputs(stage, manifest)
+    manifest.write(run_dir)
+    begin = time.monotonic()
+    code = runner.run(stage)
+    record.seconds += time.monotonic() - begin
+    record.exit_code = code
+    if code == exit_codes.SUCCESS and is_complete(stage):
+        _take_over(stage, manifest, config)
+    elif runner.stopped or code in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
+        record.status = "stopped"
+    else:
+        record.status = "failed"
+        code = code or exit_codes.FAILURE  # ended well, but without a result
+    manifest.write(run_dir)
+    return code
+
+
+def _take_over(stage: Stage, manifest: Manifest, config: Any) -> None:
+    """Record a complete stage. What an earlier process could not write down before it died is found again."""
+    record = manifest[stage.name]
+    result = read_result(stage.run_dir)
+    assert result is not None
+    record.finish(result)
+    record.identity = output_identity(stage) or record.identity
+    record.config_hash = record.config_hash or config_hash(config)
+    record.inputs = record.inputs or _inputs(stage, manifest)
+
+
+def _inputs(stage: Stage, manifest: Manifest) -> dict[str, str]:
+    return {name: identity for name in stage.depends_on if (identity := manifest[name].identity)}
+
+
+def _submit(
+    config: PipelineConfig, stages: list[Stage], todo: list[Stage], configs: dict[str, Any], manifest: Manifest
+) -> int:
+    run_dir = Path(config.run_dir)
+    waiting = {stage.name: job_id for stage in todo if (job_id := manifest[stage.name].job_id) and slurm.queued(job_id)}
+    if waiting:
+        jobs = ", ".join(f"{name} (job {job_id})" for name, job_id in waiting.items())
+        raise ConfigError(
+            f"still queued or running: {jobs}. Wait for them, or scancel {' '.join(waiting.values())} first"
+        )
+    job_ids: dict[str, str] = {}
+    for stage in todo:
+        stage.run_dir.mkdir(parents=True, exist_ok=True)  # SLURM opens the job's output file before the job starts
+        after = [job_ids[name] for name in stage.depends_on if name in job_ids]
+        argv = slurm.submission(
+            stage, configs[stage.name].parallel, config.cluster, pipeline=config.experiment, after=after
+        )
+        job_ids[stage.name] = slurm.submit(argv)
+        record = manifest[stage.name]
+        record.restarts += record.job_id is not None
+        record.status, record.job_id = "pending", job_ids[stage.name]
+        manifest.write(run_dir)  # after each: jobs already queued are never forgotten
+    if not job_ids:
+        summarize(run_dir, manifest)
+        return exit_codes.SUCCESS
+    last = slurm.summary_submission(run_dir, config.cluster, pipeline=config.experiment, after=list(job_ids.values()))
+    print(slurm.table({**job_ids, "summary": slurm.submit(last)}))
+    return exit_codes.SUCCESS
+
+
+def _print_commands(config: PipelineConfig, todo: list[Stage], configs: dict[str, Any], manifest: Manifest) -> None:
+    """The commands that would run; job ids that SLURM would give stand as $<stage>."""
+    for stage in todo:
+        if config.cluster.kind == "slurm":
+            names = {other.name for other in todo}
+            after = [f"${name}" for name in stage.depends_on if name in names]
+            argv = slurm.submission(
+                stage, configs[stage.name].parallel, config.cluster, pipeline=config.experiment, after=after
+            )
+        else:
+            argv = command(stage)
+        print(f"# {stage.name}\n{shlex.join(argv)}")
+
+
+def _say(text: str) -> None:
+    print(f"\n== {text}", file=sys.stderr, flush=True)

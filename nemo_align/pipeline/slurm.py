@@ -1,0 +1,112 @@
+"""Stages as dependent SLURM jobs, submitted through slurm/train.sbatch."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_align.config.pipeline import ClusterConfig
+from nemo_align.pipeline.chain import Stage
+
+TRAIN_SCRIPT = "train.sbatch"
+_QUEUED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SUSPENDED")
+
+
+def script(name: str) -> Path:
+    """A batch script: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "slurm" / name
+    path = inside if inside.is_file() else package.parent / "slurm" / name
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: start from a checkout, or reinstall the package")
+    return path
+
+
+def num_nodes(cluster: ClusterConfig, parallel: Any) -> tuple[int, int]:
+    """(nodes, tasks per node) of a stage with the layout `parallel` (ParallelConfig).
+
+    Raises ValueError if the layout does not fill whole nodes.
+    """
+    per_node = cluster.tasks_per_node or cluster.gpus_per_node
+    assert per_node is not None, "validated: one of both is given"
+    cell = parallel.tensor * parallel.pipeline
+    if parallel.data is None and cluster.nodes is not None:
+        return cluster.nodes, per_node
+    world_size = cell * (parallel.data or 1)
+    if world_size <= per_node:
+        return 1, world_size
+    if world_size % per_node:
+        raise ValueError(
+            f"parallel.tensor x pipeline x data = {world_size} workers do not fill nodes of {per_node}: choose "
+            "parallel.data so that they do"
+        )
+    return world_size // per_node, per_node
+
+
+def submission(
+    stage: Stage,
+    parallel: Any,
+    cluster: ClusterConfig,
+    *,
+    pipeline: str,
+    after: list[str],
+) -> list[str]:
+    """The sbatch command of a stage that starts once the jobs `after` have ended well."""
+    nodes, tasks = num_nodes(cluster, parallel)
+    options = [
+        "--parsable",  # only the job id on stdout
+        f"--job-name={pipeline}/{stage.name}",
+        f"--nodes={nodes}",
+        f"--ntasks-per-node={tasks}",
+        f"--output={stage.run_dir}/slurm-%j.txt",
+        "--open-mode=append",  # a requeued job keeps its id: go on in the same file
+    ]
+    if cluster.gpus_per_node is not None:
+        options.append(f"--gpus-per-node={min(tasks, cluster.gpus_per_node)}")
+    for name, value in (("partition", cluster.partition), ("account", cluster.account), ("time", cluster.time_limit)):
+        if value is not None:
+            options.append(f"--{name}={value}")
+    if after:
+        # Without the second option a job whose parent failed stays in the queue for ever.
+        options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+    return ["sbatch", *options, str(script(TRAIN_SCRIPT)), stage.verb, *stage.arguments]
+
+
+def summary_submission(run_dir: Path, cluster: ClusterConfig, *, pipeline: str, after: list[str]) -> list[str]:
+    """The sbatch command of the job that brings manifest and report up to date, however the stages ended."""
+    options = ["--parsable", f"--job-name={pipeline}/summary", "--nodes=1", "--ntasks=1", "--time=00:10:00"]
+    options += [f"--output={run_dir}/slurm-summary.txt", f"--dependency=afterany:{':'.join(after)}"]
+    for name, value in (("partition", cluster.partition), ("account", cluster.account)):
+        if value is not None:
+            options.append(f"--{name}={value}")
+    return ["sbatch", *options, f"--wrap={shlex.join([sys.executable, '-m', 'nemo_align.pipeline', str(run_dir)])}"]
+
+
+def submit(argv: list[str]) -> str:
+    """Run an sbatch command; returns the job id. Raises ValueError with what sbatch said if it refuses."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ValueError("sbatch is not installed here: run on a login node, or use cluster=local") from None
+    if done.returncode:
+        raise ValueError(f"sbatch refused the job: {done.stderr.strip()}\n  {shlex.join(argv)}")
+    return done.stdout.strip().split(";")[0]  # "<id>" or "<id>;<cluster>"
+
+
+def queued(job_id: str) -> bool:
+    """Whether SLURM still has the job to run or running."""
+    done = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"], capture_output=True, text=True, check=False
+    )
+    return done.returncode == 0 and any(state in _QUEUED for state in done.stdout.split())
+
+
+def table(job_ids: Mapping[str, str]) -> str:
+    """The job id of each stage, and how to end them all."""
+    width = max(len(name) for name in job_ids)
+    lines = [f"  {name:<{width}}  {job_id}" for name, job_id in job_ids.items()]
+    return "\n".join(["submitted:", *lines, f"cancel all: scancel {' '.join(job_ids.values())}"])
