@@ -56,7 +56,9 @@ def generator_of(name: str, seed: int, device: torch.device) -> torch.Generator:
 def _matrices(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights split over the tensor group, with their names in the whole model (layers numbered from 0)."""
     for name, parameter in chunk.named_parameters():
-        if not getattr(parameter, "tensor_model_parallel", False):  # norms and the reward head lack the mark
+        if not getattr(parameter, "tensor_model_parallel", False):
+            # Its module has given it its values. A matrix has none yet: Megatron was told to leave them unset.
+            assert parameter.dim() == 1 or name == "reward_head.weight", f"{name} is not split over the tensor group"
             continue
         if name.startswith(_LAYER_PREFIX):
             index, rest = name.removeprefix(_LAYER_PREFIX).split(".", 1)

@@ -5,11 +5,21 @@ Everything else in this room uses names that both ends have, with the same meani
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["GPTModel"]
+__all__ = ["CUDA_GRAPH_FIELDS", "GPTModel"]
+
+# No part of a layer is captured as a CUDA graph. The default says the same with a value that both ends warn of at each
+# construction; 0.19 renamed the field.
+_CONFIG_FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
+CUDA_GRAPH_FIELDS: dict[str, Any] = {
+    "cuda_graph_modules" if "cuda_graph_modules" in _CONFIG_FIELDS else "cuda_graph_scope": []
+}
 
 
 class _WithoutGptNotice(logging.Filter):

@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 from nemo_align.model.counts import head_dim
+from nemo_align.model.megatron import CUDA_GRAPH_FIELDS
 from nemo_align.runtime.device import use_gpu
 
 PARAMETER_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,6 +74,7 @@ def build_transformer_config(
         deallocate_pipeline_outputs=True,
         # The loss function returns a sum and a count, and gradients are divided by the global count.
         calculate_per_token_loss=True,
+        **CUDA_GRAPH_FIELDS,
         **_recompute_fields(parallel),
         **_fp8_fields(precision),
         **(_gpu_fields(parallel) if use_gpu() else _CPU_FIELDS),

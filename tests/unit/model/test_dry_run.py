@@ -35,7 +35,7 @@ CASES = {  # rank, whether it is a reward model
 
 
 def dry_run(rank: int, reward: bool) -> dict[str, object]:
-    """Parameters of each model chunk of this rank, and the seconds to build them."""
+    """Parameters of each model chunk of this rank, and the CPU seconds to build them."""
     import torch
     from megatron.core import parallel_state
     from torch import distributed
@@ -44,7 +44,7 @@ def dry_run(rank: int, reward: bool) -> dict[str, object]:
     from nemo_align.model.build import build_model
     from nemo_align.runtime.topology import Topology
 
-    start = time.perf_counter()
+    start = time.process_time()
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD_SIZE)
     parallel_state.initialize_model_parallel(TENSOR, PIPELINE, VIRTUAL, create_gloo_process_groups=False)
     topology = Topology(
@@ -65,7 +65,7 @@ def dry_run(rank: int, reward: bool) -> dict[str, object]:
         head = RewardConfig() if reward else None
         chunks = build_model(MODEL_340B, parallel, PrecisionConfig(), topology, reward_head=head)
     assert all(parameter.is_meta for chunk in chunks for parameter in chunk.parameters())
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     parallel_state.destroy_model_parallel()
     distributed.destroy_process_group()
     sizes = [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks]

@@ -49,6 +49,11 @@ def test_without_a_gpu_nothing_needs_cuda() -> None:
     assert config.virtual_pipeline_model_parallel_size == 2 and config.sequence_parallel
 
 
+def test_megatron_has_nothing_to_warn_of(recwarn: pytest.WarningsRecorder) -> None:
+    _build(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True, recompute="full")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_number_formats() -> None:
     bf16, fp32 = _build(), _build(precision={"dtype": "fp32"})
     assert (bf16.params_dtype, bf16.pipeline_dtype, bf16.bf16) == (torch.bfloat16, torch.bfloat16, True)
