@@ -18,13 +18,17 @@ from quickstart.build import build
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("data/quickstart"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/quickstart"), help="folder to write (default: %(default)s)"
+    )
     parser.add_argument("--small", action="store_true", help="a fortieth of everything, in a few seconds: for tests")
     options = parser.parse_args()
     manifest = build(options.output, Amounts().small() if options.small else Amounts())
     width = max(len(name) for name in manifest["files"])
     for name, counts in manifest["files"].items():
-        print(f"  {name:{width}}  " + "  ".join(f"{value:>8,} {what.replace('_', ' ')}" for what, value in counts.items()))
+        print(
+            f"  {name:{width}}  " + "  ".join(f"{value:>8,} {what.replace('_', ' ')}" for what, value in counts.items())
+        )
 
 
 if __name__ == "__main__":

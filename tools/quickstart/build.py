@@ -37,7 +37,7 @@ def build(folder: Path, amounts: Amounts) -> dict:
             raise ValueError(f"{folder} is not empty and holds no quickstart data: choose another --output")
         shutil.rmtree(folder)
     say("reading tasks with code, dialogues and procedural tasks")
-    code = sorted(code_tasks(), key=lambda item: digest(item.task))
+    code = sorted(code_tasks(), key=lambda item: digest(item.task))[: amounts.code_tasks]
     talk = list(conversations())
     tasks = list(procedural_tasks(_tasks_per_generator(amounts), SEED))
     say("reading Wikipedia pages")
@@ -154,7 +154,9 @@ def _write_code_pairs(output: Output, code: list[CodeTask], amounts: Amounts) ->
         "preference/code_",
         rows,
         limits=limits(amounts.code_pairs, amounts.validation_rows),
-        fits=lambda row: output.row_tokens(row) <= 2 * amounts.row_tokens and len(row["rejected"]) < 0.9 * len(row["chosen"]),
+        fits=lambda row: (
+            output.row_tokens(row) <= 2 * amounts.row_tokens and len(row["rejected"]) < 0.9 * len(row["chosen"])
+        ),
     )
 
 

@@ -40,8 +40,12 @@ def build_corpus(
 ) -> Corpus:
     """All documents, in an order that depends on nothing but their text."""
     english = divide(sorted(islice(pages(), amounts.wikipedia_pages), key=lambda page: digest(page[0])))
-    solutions = divide((item.task, f"# {item.task}\n{item.code}") for item in sorted(code, key=lambda i: digest(i.task)))
-    return Corpus(english=english, multilingual=_other_languages(conversations), code=solutions, qa=_qa(conversations, tasks))
+    solutions = divide(
+        (item.task, f"# {item.task}\n{item.code}") for item in sorted(code, key=lambda i: digest(i.task))
+    )
+    return Corpus(
+        english=english, multilingual=_other_languages(conversations), code=solutions, qa=_qa(conversations, tasks)
+    )
 
 
 def _other_languages(conversations: list[Conversation]) -> Splits:
@@ -51,7 +55,9 @@ def _other_languages(conversations: list[Conversation]) -> Splits:
     for _, members in groupby(foreign, key=lambda conversation: (conversation.language, conversation.category)):
         parts = divide((conversation.prompt, "\n".join(conversation.turns)) for conversation in members)
         for split, texts in parts.items():
-            documents[split] += ["\n\n".join(texts[i : i + _TURNS_PER_DOCUMENT]) for i in range(0, len(texts), _TURNS_PER_DOCUMENT)]
+            documents[split] += [
+                "\n\n".join(texts[i : i + _TURNS_PER_DOCUMENT]) for i in range(0, len(texts), _TURNS_PER_DOCUMENT)
+            ]
     return {split: sorted(texts, key=digest) for split, texts in documents.items()}
 
 

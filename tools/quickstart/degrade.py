@@ -105,7 +105,9 @@ def own_names(tree: ast.AST) -> list[str]:
             reserved |= {name for name in (getattr(node, "name", None), getattr(node, "rest", None)) if name}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             reserved.add(node.value)  # may be a key into globals(), locals() or keyword arguments
-    return [name for name in bound if name not in reserved and not hasattr(builtins, name) and not name.startswith("__")]
+    return [
+        name for name in bound if name not in reserved and not hasattr(builtins, name) and not name.startswith("__")
+    ]
 
 
 def _members(node: ast.ClassDef) -> set[str]:

@@ -32,7 +32,9 @@ class Output:
             self._lengths[text] = len(self.tokenizer.encode_text(text))
         return self._lengths[text]
 
-    def documents(self, name: str, texts: Iterable[str], max_tokens: int, max_document_tokens: int | None = None) -> None:
+    def documents(
+        self, name: str, texts: Iterable[str], max_tokens: int, max_document_tokens: int | None = None
+    ) -> None:
         """`<name>.bin` and `.idx`: texts in order until there are `max_tokens`; the last is cut there."""
         kept: list[list[int]] = []
         total = 0
@@ -88,7 +90,7 @@ def limits(train: int, validation: int) -> dict[str, int]:
 
 
 def spread(first: Sequence[Any], *others: Sequence[Any]) -> list[Any]:
-    """All members in one order in which each sequence is spread evenly, so that any start of it has the same mixture."""
+    """All members in one order in which each sequence is spread evenly: any start of it has the same mixture."""
     placed = []
     for number, sequence in enumerate((first, *others)):
         placed += [((index + 0.5) / len(sequence), number, member) for index, member in enumerate(sequence)]

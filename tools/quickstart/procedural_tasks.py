@@ -1,4 +1,4 @@
-"""Tasks from reasoning-gym's seeded generators, with right answers and wrong ones, both scored by the task's verifier."""
+"""Tasks from reasoning-gym's seeded generators, with right and wrong answers, both scored by the task's verifier."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ProceduralTask:
 
 
 def procedural_tasks(num_per_generator: int, seed: int) -> Iterator[ProceduralTask]:
-    """At most that many different tasks of each generator, the generators in turn, so that any start of them is mixed."""
+    """At most that many different tasks of each generator; the generators take turns, so any start of them is mixed."""
     import reasoning_gym  # a second, for sympy
 
     streams = []

@@ -11,7 +11,16 @@ from quickstart.sources import package_file
 _DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _ENTITIES = {"&nbsp;": " ", "&ndash;": "-", "&mdash;": "-", "&minus;": "-", "&thinsp;": " "}
 _HEADING = re.compile(r"^=+\s*(.*?)\s*=+\s*$")
-_END_SECTIONS = {"see also", "references", "external links", "further reading", "notes", "bibliography", "sources", "footnotes"}
+_END_SECTIONS = {
+    "see also",
+    "references",
+    "external links",
+    "further reading",
+    "notes",
+    "bibliography",
+    "sources",
+    "footnotes",
+}
 _MIN_PAGE_CHARACTERS = 500  # shorter: disambiguation pages
 
 
