@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_align.checkpoint.safe_reading import read_metadata, restricted_reading
 
@@ -60,13 +62,33 @@ def save_sharded(state: dict, folder: Path, content_metadata: dict) -> None:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, group)
-    dist_checkpointing.save(state, str(folder), strategy, content_metadata=content_metadata)
+    try:
+        dist_checkpointing.save(state, str(folder), strategy, content_metadata=content_metadata)
+    except CheckpointException as error:
+        raise OSError(f"the checkpoint could not be written to {folder}: {_reason(error)}") from error
 
 
 def load_sharded(state: dict, folder: Path) -> dict:
-    """Fill a sharded state dict from `folder`; returns it with tensors and objects in place of shards. Collective."""
-    with restricted_reading():
-        return dist_checkpointing.load(state, str(folder), **_LOAD_OPTIONS)
+    """Fill a sharded state dict from `folder`; returns it with tensors and objects in place of shards. Collective.
+
+    Raises:
+        ValueError: a file that cannot be read or names what no checkpoint needs.
+    """
+    try:
+        with restricted_reading():
+            return dist_checkpointing.load(state, str(folder), **_LOAD_OPTIONS)
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {folder} is refused: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line: torch's own exception (not an Exception) carries one per rank, its pickle errors advise to trust."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_reason(cause)}"
+    lines = str(error).splitlines()
+    told = [line for line in lines if "WeightsUnpickler error" in line] or lines[:1]
+    return f"{type(error).__name__}: {told[0].partition(' Please use')[0].strip()}" if told else type(error).__name__
 
 
 def read_common(folder: Path) -> dict:

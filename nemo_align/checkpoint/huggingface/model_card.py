@@ -79,7 +79,7 @@ def _reward_text(reward: dict) -> list[str]:
     lines += [f"| {name} | {weights.get(name, '')} |" for name in reward["attributes"]]
     lines += [
         "",
-        "Load it in float32 for the exact scores. `score` has no bias: the trained bias stands in the final norm's, and "
+        "Load it in float32 for the exact scores. `score` has no bias: the trained one stands in the final norm's, and "
         "`reward_head.safetensors` keeps the head as trained.",
         "",
     ]
