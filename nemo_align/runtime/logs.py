@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TextIO
 
@@ -48,3 +49,14 @@ def setup(run_dir: str | Path, rank: int, *, shared_stderr: bool = False) -> log
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger.addHandler(to_file)
     return logger
+
+
+def quiet_libraries() -> None:
+    """Silence warnings that the user of a run can do nothing about: before Megatron and torch are imported.
+
+    They speak to the developers of Megatron-core (deprecations inside it, kernels absent without a GPU) and would bury
+    the lines that matter. Errors, and warnings of other packages, are left alone.
+    """
+    for module in (r"megatron\.", r"torch\.distributed\.", r"torch\.jit\.", r"torch\.autograd\."):
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=module)

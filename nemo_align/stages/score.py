@@ -29,7 +29,7 @@ from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.metrics import MetricsWriter
 from nemo_align.training.peak import peak_tflops
 from nemo_align.training.progress import Progress
-from nemo_align.training.result import StageResult, write_result
+from nemo_align.training.result import StageResult, read_result, write_result
 from nemo_align.training.session import Session, open_session
 from nemo_align.training.throughput import Throughput
 
@@ -52,6 +52,9 @@ class ReadScores:
 
 def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None:
     """Score every row of `inputs` and write `<run_dir>/<name>.jsonl` for each."""
+    if read_result(config.run_dir) is not None:
+        logger.info("%s is complete already", config.experiment)
+        return
     reward = reward_of(config.checkpoint.init_from)
     weights = config.weights or reward.weights
     if weights is None or set(weights) != set(reward.attributes):

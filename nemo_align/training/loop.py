@@ -18,6 +18,7 @@ from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.forward import validate
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.optimizer import ScheduleLength, build_optimizer, learning_rate, wrap_data_parallel
+from nemo_align.training.result import read_result
 from nemo_align.training.schedule_step import StepOutcome, run_step
 from nemo_align.training.session import Session
 from nemo_align.training.state import TrainState
@@ -51,9 +52,14 @@ class Trainer:
         self.validation_totals = ForwardTotals()
         self._counted_until = session.opened
 
-    def run(self) -> dict[str, float]:
-        """Train to the end; returns the held-out metrics there. Exits the process, after saving, when asked to stop."""
+    def run(self) -> dict[str, float] | None:
+        """Train to the end; returns the held-out metrics there, or None if an earlier process had come to it already.
+
+        Exits the process, after saving, when asked to stop.
+        """
         resumed = self._resume()
+        if self.state.step == self.num_steps and read_result(self.session.run_dir) is not None:
+            return None
         self.telemetry = Telemetry(self.session, self.task, self.num_steps, self.state)
         try:
             if not resumed:

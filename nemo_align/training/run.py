@@ -7,6 +7,7 @@ import logging
 from nemo_align.checkpoint.store import checkpoint_path
 from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.loop import Trainer
+from nemo_align.training.result import RESULT_FILE
 from nemo_align.training.session import Session
 from nemo_align.training.task import Task
 
@@ -32,6 +33,9 @@ def run_training(
         session.topology.layout(),
     )
     validation = trainer.run()
+    if validation is None:
+        logger.info("%s is complete already: %s", config.experiment, session.run_dir / RESULT_FILE)
+        return
     exported = None
     if config.checkpoint.export_hf:
         exported = "hf"

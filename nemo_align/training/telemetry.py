@@ -93,6 +93,7 @@ class Telemetry:
             last=last_validation,
             mfu=rates.get("mfu"),
             mfu_padded=rates.get("mfu_padded"),
+            mfu_causal=rates.get("mfu_causal"),
             tokens_per_second_per_gpu=rates.get("tokens_per_second_per_gpu"),
             peak_tflops=self.throughput.peak_tflops,
             peak_source=self.throughput.peak_source,
