@@ -115,8 +115,10 @@ def compose_chain(stages: list[Stage], finished: set[str]) -> dict[str, Any]:
     for stage in stages:
         ready = all(name in finished for name in stage.depends_on)
         try:
-            config = compose(stage.verb, stage.arguments, check_files=ready)
-            if not ready:
+            if ready:
+                config = compose(stage.verb, stage.arguments)
+            else:
+                config = _compose_early(stage, finished)
                 _complete_from_earlier(config, stage, configs)
                 problems += [f"stage {stage.name}: {problem}" for problem in _missing_files(config, stage, stages)]
         except ConfigError as error:
@@ -127,6 +129,20 @@ def compose_chain(stages: list[Stage], finished: set[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError.of(problems, most=20)
     return configs
+
+
+def _compose_early(stage: Stage, finished: set[str]) -> Any:
+    """The configuration of a stage whose input is not there yet.
+
+    The folder of the stage that it starts from may exist without a checkpoint, or with one that is not its last: it
+    must not be read, so a path that never exists stands in for it meanwhile.
+    """
+    if stage.init_from is None or stage.init_from in finished:
+        return compose(stage.verb, stage.arguments, check_files=False)
+    to_come = str(stage.run_dir / "awaits" / stage.init_from)
+    config = compose(stage.verb, [*stage.arguments, assignment("checkpoint.init_from", to_come)], check_files=False)
+    config.checkpoint.init_from = str(stage.run_dir.parent / stage.init_from)
+    return config
 
 
 def _complete_from_earlier(config: Any, stage: Stage, configs: Mapping[str, Any]) -> None:

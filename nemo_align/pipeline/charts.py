@@ -9,13 +9,14 @@ import matplotlib
 
 matplotlib.use("svg")  # no display needed
 
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
 # Told apart by colour-blind readers too (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a5a44", "#444444", "#999933")
+REST = "start-up, data, checkpoints"  # of the time: what is no pass over data
 MAX_POINTS = 500  # of a line: more cannot be seen and would make the page heavy
 
 Series = Mapping[str, Sequence[tuple[float, float]]]  # label -> (x, y) in order of x
@@ -49,16 +50,16 @@ def training_curve(points: Sequence[tuple[float, float]], held_out: Series, *, n
     def draw(axes: Axes) -> None:
         thin = thinned(points)
         axes.plot(*zip(*thin, strict=True), color=COLOURS[0], alpha=0.25, linewidth=0.9)
-        axes.plot(*zip(*thinned(smoothed(points)), strict=True), color=COLOURS[0], label="training (running mean)")
+        axes.plot(*zip(*thinned(smoothed(points)), strict=True), color=COLOURS[0], label="training, running mean")
         for (label, marks), colour in zip(held_out.items(), COLOURS[1:], strict=False):
             axes.plot(*zip(*marks, strict=True), color=colour, marker="o", markersize=3.5, linewidth=1, label=label)
         axes.set_xlabel("step")
-        axes.legend(loc="upper right")
+        legend_above(axes)
 
     return figure(draw, name=name)
 
 
-def lines(series: Series, *, name: str, percent: bool = False, dashed: Sequence[str] = ()) -> str:
+def lines(series: Series, *, name: str, dashed: Sequence[str] = ()) -> str:
     """Lines with a mark at each point; the labels in `dashed` are baselines, without marks."""
 
     def draw(axes: Axes) -> None:
@@ -67,23 +68,38 @@ def lines(series: Series, *, name: str, percent: bool = False, dashed: Sequence[
             if label in dashed:
                 axes.plot(*zip(*points, strict=True), color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2, label=label)
             else:
-                marker = "o" if len(points) <= 40 else None
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3.5, label=label)
-        if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+                axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=label)
         axes.set_xlabel("step")
-        axes.legend(loc="best")
+        if len(series) > 1:
+            legend_above(axes)
+
+    return figure(draw, name=name)
+
+
+def rates(series: Series, *, name: str, percent: bool = False) -> str:
+    """A rate of every step, faint, and its running mean; the axis starts at 0, so that ratios can be seen."""
+
+    def draw(axes: Axes) -> None:
+        for (label, points), colour in zip(series.items(), COLOURS, strict=False):
+            axes.plot(*zip(*thinned(points), strict=True), color=colour, alpha=0.25, linewidth=0.9)
+            axes.plot(*zip(*thinned(smoothed(points)), strict=True), color=colour, label=label)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlabel("step")
+        if len(series) > 1:
+            legend_above(axes)
 
     return figure(draw, name=name)
 
 
 def stacked_seconds(rows: Mapping[str, Mapping[str, float]], *, name: str) -> str:
     """One horizontal bar for each row: its minutes, by kind of work."""
-    kinds = list(dict.fromkeys(kind for parts in rows.values() for kind in parts))
+    kinds = [*dict.fromkeys(kind for parts in rows.values() for kind in parts if kind != REST), REST]
 
     def draw(axes: Axes) -> None:
         left = dict.fromkeys(rows, 0.0)
         for kind, colour in zip(kinds, COLOURS, strict=False):
+            colour = "#c3cbd3" if kind == REST else colour
             widths = [rows[row].get(kind, 0.0) / 60 for row in rows]
             axes.barh(list(rows), widths, left=list(left.values()), color=colour, label=kind, height=0.62)
             left = {row: left[row] + width for row, width in zip(rows, widths, strict=True)}
@@ -101,8 +117,7 @@ def figure(draw: Callable[[Axes], None], *, name: str, size: tuple[float, float]
     with pyplot.rc_context({**STYLE, "svg.hashsalt": name}):
         canvas, axes = pyplot.subplots(figsize=size, layout="constrained")
         try:
-            if not axes.get_yscale() == "log":
-                axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=False))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
             draw(axes)
             buffer = io.StringIO()
             canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
@@ -110,6 +125,11 @@ def figure(draw: Callable[[Axes], None], *, name: str, size: tuple[float, float]
             pyplot.close(canvas)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def legend_above(axes: Axes) -> None:
+    """Beside the title, where it hides no line; two columns keep it short."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2, borderaxespad=0, columnspacing=1.2)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -77,8 +77,8 @@ def time_parts(record: StageRecord) -> dict[str, float]:
     parts = {"training": result.train_seconds}
     for name, rates in result.forward_only.items():
         parts[name] = rates.get("seconds", 0.0)
-    rest = record.seconds - sum(parts.values())
-    return {name: value for name, value in (parts | {"start-up, data, checkpoints": max(0.0, rest)}).items() if value}
+    rest = max(0.0, record.seconds - sum(parts.values()))
+    return {name: value for name, value in (parts | {"start-up, data, checkpoints": rest}).items() if value}
 
 
 def _stage(record: StageRecord, charts: Any) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _tiles(record: StageRecord) -> list[dict[str, str]]:
     if record.status != "complete":
         return []
     cells = row(record)
-    tiles = [("tokens", cells[5], f"{cells[4]} steps"), ("time", cells[6], _restarts(record))]
+    tiles = [("tokens", cells[5], f"{cells[4]} steps" if record.steps else ""), ("time", cells[6], _restarts(record))]
     if record.tokens_per_second_per_gpu:
         tiles.append(("tokens/s", cells[7], f"{record.tokens_per_second_per_gpu:,.0f} per device"))
     if record.mfu is not None:
@@ -146,10 +146,10 @@ def _charts(record: StageRecord, records: Sequence[Mapping[str, Any]], charts: A
         if (points := _points(train, key))
     }
     if mfu:
-        drawn.append(("MFU per step", charts.lines(mfu, name=f"{record.name}-mfu", percent=True)))
+        drawn.append(("MFU per step", charts.rates(mfu, name=f"{record.name}-mfu", percent=True)))
     rate = _points(train, "perf/tokens_per_second_per_gpu")
     if rate:
-        drawn.append(("Tokens/s per device", charts.lines({"real tokens": rate}, name=f"{record.name}-rate")))
+        drawn.append(("Tokens/s per device", charts.rates({"real tokens": rate}, name=f"{record.name}-rate")))
     return [{"title": title, "svg": svg} for title, svg in drawn]
 
 
@@ -180,7 +180,7 @@ def _metrics(record: StageRecord) -> list[dict[str, str]]:
     first, last = record.metrics.get("first", {}), record.metrics.get("last", {})
 
     def shown(value: float | None) -> str:
-        return "–" if value is None else f"{value:.5g}"
+        return "-" if value is None else f"{value:.5g}"
 
     return [
         {"name": name.removeprefix("validation/"), "first": shown(first.get(name)), "last": shown(last.get(name))}

@@ -69,9 +69,11 @@ def _run_here(run_dir: Path, stages: list[Stage], todo: list[Stage], manifest: M
             status = manifest[stage.name].status
             if status == "stopped" or (runner.stopped and stage is not todo[-1]):
                 _say("stopped; the same command goes on from here")
-                return code or exit_codes.STOPPED
+                return code or exit_codes.STOPPED_AFTER_SAVING
             if status == "failed":
-                _say(f"stage {stage.name} failed (exit code {code}), see {log_file(stage)}; the same command goes on there")
+                _say(
+                    f"stage {stage.name} failed (exit code {code}), see {log_file(stage)}; the same command resumes it"
+                )
                 summarize(run_dir, manifest)
                 return code
         summarize(run_dir, manifest)
@@ -95,7 +97,7 @@ def _run_stage(stage: Stage, runner: LocalRunner, manifest: Manifest, run_dir: P
     record.exit_code = code
     if code == exit_codes.SUCCESS and is_complete(stage):
         _take_over(stage, manifest, config)
-    elif runner.stopped or code in (exit_codes.STOPPED, exit_codes.INTERRUPTED):
+    elif runner.stopped or code in (exit_codes.STOPPED_AFTER_SAVING, exit_codes.INTERRUPTED):
         record.status = "stopped"
     else:
         record.status = "failed"

@@ -76,7 +76,7 @@ def layout_text(record: StageRecord) -> str:
     """TP2 PP2 DP1, with VP and SP where they are on."""
     layout = record.layout
     if not layout:
-        return "–"
+        return "-"
     text = f"TP{layout.get('tensor', 1)} PP{layout.get('pipeline', 1)} DP{layout.get('data', 1)}"
     if layout.get("virtual_pipeline", 1) > 1:
         text += f" VP{layout['virtual_pipeline']}"
@@ -108,10 +108,10 @@ def row(record: StageRecord) -> tuple[str, ...]:
         record.verb,
         record.status,
         layout_text(record),
-        f"{record.steps:,}" if record.steps else "–",
-        f"{record.tokens:,}" if record.tokens else "–",
-        clock(record.seconds) if record.seconds else "–",
-        f"{rate * devices:,.0f}" if rate else "–",
-        f"{record.mfu:.1%}" if record.mfu is not None else "–",
-        "  ".join(str(change) for change in key_changes(record)) or "–",
+        f"{record.steps:,}" if record.steps else "-",
+        f"{record.tokens:,}" if record.tokens else "-",
+        clock(record.seconds) if record.seconds else "-",
+        f"{rate * devices:,.0f}" if rate else "-",
+        f"{record.mfu:.1%}" if record.mfu is not None else "-",
+        "  ".join(str(change) for change in key_changes(record)) or "-",
     )

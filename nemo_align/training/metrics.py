@@ -41,7 +41,7 @@ class MetricsWriter:
             self._replace([other for other in read_metrics(self.path) if _key(other) != _key(record)])
         if self._stream is None:
             _end_torn_line(self.path)
-            self._stream = open(self.path, "a", encoding="utf-8", buffering=1)  # line buffered: a crash loses no step
+            self._stream = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # by lines: a crash loses no step
         self._stream.write(json.dumps(record, allow_nan=False) + "\n")
 
     def close(self) -> None:
