@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_align.config.errors import raised_by_this_package
 from nemo_align.config.help import VERB_LINES, overview
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(arguments)
-    except ValueError as error:  # ConfigError too: the message is written for the user
+    except ValueError as error:  # ConfigError too
+        if not raised_by_this_package(error):
+            raise
         for line in str(error).splitlines():
             print(line if line.startswith("  ") else f"error: {line}", file=sys.stderr)
         return USER_ERROR
@@ -179,13 +182,13 @@ def _print_config(verb: str, options: Options) -> None:
 
 def _run_job(verb: str, name: str, overrides: list[str]) -> int:
     """One job of a sweep, in <run_dir>/<name>."""
-    from nemo_align.config.compose import compose
+    from nemo_align.config.compose import ConfigError, compose
 
     try:
         run_dir = f"{compose(verb, overrides).run_dir}/{name}"
         print(f"{name} in {run_dir}", flush=True)
         code = run(verb, [*overrides, f'run_dir="{run_dir}"'])
-    except ValueError as error:
+    except ConfigError as error:
         print(f"error: {name}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     if code == INTERRUPTED:  # Ctrl-C ends the sweep, not only its job
@@ -194,14 +197,17 @@ def _run_job(verb: str, name: str, overrides: list[str]) -> int:
 
 
 def _launched_by() -> LaunchEnvironment | None:
-    """torchrun's or SLURM's environment. Signal handlers are installed at once: SLURM may stop us at any moment."""
+    """torchrun's or SLURM's environment. Under them a request to stop, which may come at any moment, waits from here on
+    for the worker's handlers."""
     from nemo_align.runtime import launch_environment
 
     environment = launch_environment.detect()
     if environment is not None:
-        from nemo_align.runtime.signals import stop_request
+        import signal
 
-        stop_request.install()
+        from nemo_align.runtime.signals import STOP_SIGNALS
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     return environment
 
 

@@ -124,6 +124,8 @@ def _compose_with_hydra(verb: str, parsed: Sequence[overrides.Override]) -> _Com
     from yaml import YAMLError
 
     texts = search_path_overrides() + overrides.for_hydra(parsed)
+    around = GlobalHydra.instance().hydra  # of the sweep that this job belongs to
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(sources.conf_dir()), version_base="1.3", job_name="nemo-align"):
             tree = OmegaConf.to_container(hydra_compose(verb, texts), resolve=False)
@@ -131,6 +133,8 @@ def _compose_with_hydra(verb: str, parsed: Sequence[overrides.Override]) -> _Com
             defaults = loader.compute_defaults_list(verb, texts, RunMode.RUN).defaults
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_hydra_message(error)) from None
+    finally:
+        GlobalHydra.instance().hydra = around
     assert isinstance(tree, dict)
     files = [
         (default.config_path, (default.package or "").replace("_global_", ""))

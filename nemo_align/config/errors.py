@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import TracebackType
 
 
 class ConfigError(ValueError):
@@ -15,3 +16,13 @@ class ConfigError(ValueError):
         assert lines
         more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
         return cls("\n".join(lines[:most] + more))
+
+
+def raised_by_this_package(error: ValueError) -> bool:
+    """Whether the message was written for the user: a library's ValueError is a defect, whose traceback is needed."""
+    trace: TracebackType | None = error.__traceback__
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    # `python -m nemo_align.cli` runs that module under the name __main__.
+    return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("nemo_align", "__main__")

@@ -92,7 +92,7 @@ def verb_help(verb: str) -> str:
     if experiments := sources.experiments(verb) if "experiment" in schema.fields(root) else []:
         lines = "\n".join(f"  +experiment={name:<36}{text}".rstrip() for name, text in experiments)
         parts.append(f"Experiments:\n{lines}")
-    groups = [name for name in sources.groups() if name in schema.fields(root)]
+    groups = [name for name in sources.groups() if name in schema.fields(root) and name != sources.EXPERIMENT]
     if groups:
         blocks = []
         for group in groups:

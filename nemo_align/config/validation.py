@@ -58,8 +58,8 @@ def validate(
         problems += _check_worker(config, check_files, model_known, initial)
     elif isinstance(config, PipelineConfig):
         problems += check_pipeline(config)
-    elif isinstance(config, ConvertConfig) and check_files and not Path(config.source).exists():
-        problems.append(f"source={config.source} does not exist")
+    elif isinstance(config, ConvertConfig):
+        problems += _check_convert(config, check_files)
     if problems:
         raise ConfigError.of(problems)
 
@@ -131,6 +131,13 @@ def _check_worker(
         yield from _check_preference(config)
     if isinstance(config, ScoreStageConfig) and initial is not None:
         yield from _check_score_weights(config, initial)
+
+
+def _check_convert(config: ConvertConfig, check_files: bool) -> Iterator[str]:
+    if config.source_format == config.target_format:
+        yield f"from and to are both {config.source_format}: nothing to convert"
+    if check_files and not Path(config.source).exists():
+        yield f"source={config.source} does not exist"
 
 
 def _choices(config: Any) -> Iterator[str]:

@@ -198,6 +198,7 @@ WRONG = [
     ),
     ("pipeline", ["cluster.kind=slrum"], "did you mean 'slurm'?"),
     ("pipeline", ["cluster.time_limit=soon"], "must be HH:MM:SS"),
+    ("convert", ["to=hf"], "from and to are both hf"),
     ("convert", ["source=absent"], "source=absent does not exist"),
     ("convert", ["to=hugging"], "to is 'hugging', but must be one of hf, megatron"),
 ]
