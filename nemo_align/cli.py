@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ _WITH_VALUE = {
     "-p": "--package",
 }
 _CLAIM_SECONDS = 300.0  # for rank 0 to write config.yaml: thousands of ranks start within minutes, not at once
+_RANK_0_FIRST_SECONDS = 10.0
 _WORKERS_PER_CORE, _SOME_WORKERS = 4, 16
 
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # ConfigError too
         if not raised_by_this_package(error):
             raise
+        _let_rank_0_speak()
         for line in str(error).splitlines():
             print(line if line.startswith("  ") else f"error: {line}", file=sys.stderr)
         return USER_ERROR
@@ -211,6 +214,28 @@ def _launched_by() -> LaunchEnvironment | None:
     return environment
 
 
+def _accept_signals() -> None:
+    import signal
+
+    from nemo_align.runtime.signals import STOP_SIGNALS
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _let_rank_0_speak() -> None:
+    """All ranks of a job usually meet the same mistake, and thousands of messages hide it. Rank 0 says it at once and
+    ends; the launcher then ends the others, unless theirs is another mistake and they live to say it."""
+    from nemo_align.runtime import launch_environment
+
+    try:
+        environment = launch_environment.detect()
+    except ValueError:  # the launcher's variables are the mistake
+        return
+    if environment is not None and environment.rank > 0:
+        _accept_signals()
+        time.sleep(_RANK_0_FIRST_SECONDS)
+
+
 def _run_here(verb: str, config: Any, environment: LaunchEnvironment) -> int:
     """This process is one rank of a job that torchrun or srun started."""
     from nemo_align import worker
@@ -223,6 +248,7 @@ def _run_here(verb: str, config: Any, environment: LaunchEnvironment) -> int:
     if environment.rank == 0:
         _claim(verb, config)
     else:
+        _accept_signals()  # if rank 0 refuses, the launcher ends us: nothing is there to be saved yet
         run_directory.wait_for(verb, run_dir, to_yaml(config), _CLAIM_SECONDS)
     return worker.main(verb, str(run_dir / run_directory.CONFIG_FILE))
 

@@ -86,6 +86,8 @@ def _parse(verb: str, text: str, where: str) -> Override:
         _check_choice(verb, override, where)
     elif not is_group and schema.find(schema.VERBS[verb], key) is None:
         raise ConfigError(f"{_unknown(verb, key)} ({where}: {text})")
+    elif match["value"] == "{}":
+        raise ConfigError(f"{text} would change nothing, because sections are merged: ~{key} empties it ({where})")
     return override
 
 

@@ -99,7 +99,9 @@ def refuse_other(verb: str, path: Path, text: str, same_run: Sequence[str] = ())
     refused = [entry for entry in differing if not _matches(entry[0], (*FREE_KEYS, *LAYOUT_KEYS, *same_run))]
     if refused:
         lines = "\n".join(f"  {describe(entry)}" for entry in refused)
-        raise ConfigError(f"run_dir={path.parent} holds a run with another configuration:\n{lines}\n{remedy}")
+        raise ConfigError(
+            f"run_dir={path.parent} holds a run with another configuration. {remedy}. It differs in\n{lines}"
+        )
     return [entry for entry in differing if _matches(entry[0], LAYOUT_KEYS)]
 
 

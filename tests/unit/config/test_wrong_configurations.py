@@ -47,6 +47,7 @@ WRONG = [
     ("sft", ["+experiment=nothing/like_it"], "unknown experiment 'nothing/like_it'"),
     ("sft", ["modle=tiny"], "unknown key 'modle'; did you mean 'model'?"),
     ("sft", ["model/size=tiny"], "unknown group 'model/size'"),
+    ("sft", ["data.validation={}"], "would change nothing, because sections are merged: ~data.validation empties it"),
     ("sft", ["rows.jsonl"], "'rows.jsonl' is not key=value"),
     ("sft", ["optimizer.lr=1e-4,1e-5"], "add --multirun"),
     ("sft", ["run_dir=a=b"], "cannot read 'run_dir=a=b'"),
