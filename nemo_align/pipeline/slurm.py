@@ -65,8 +65,8 @@ def submission(
         f"--output={stage.run_dir}/slurm-%j.txt",
         "--open-mode=append",  # a requeued job keeps its id: go on in the same file
     ]
-    if cluster.gpus_per_node is not None:
-        options.append(f"--gpus-per-node={min(tasks, cluster.gpus_per_node)}")
+    # 0 takes back the script's own line on a cluster without GPUs.
+    options.append(f"--gpus-per-node={min(tasks, cluster.gpus_per_node or 0)}")
     for name, value in (("partition", cluster.partition), ("account", cluster.account), ("time", cluster.time_limit)):
         if value is not None:
             options.append(f"--{name}={value}")

@@ -52,7 +52,11 @@ def test_each_stage_gets_its_command(recipe):
     run_dir = recipe.run_dir
     assert stages["dpo"].arguments[0] == "precision=fp32"  # those of every stage stand before its own
     assert f"data.train.a.path={run_dir}/score/pairs.jsonl" in stages["dpo"].arguments
-    assert stages["dpo"].arguments[-3:] == (f"checkpoint.init_from={run_dir}/sft", "experiment=dpo", f"run_dir={run_dir}/dpo")
+    assert stages["dpo"].arguments[-3:] == (
+        f"checkpoint.init_from={run_dir}/sft",
+        "experiment=dpo",
+        f"run_dir={run_dir}/dpo",
+    )
     assert stages["dpo"].depends_on == ("sft", "score")
     assert stages["sft"].depends_on == ()
 
@@ -70,7 +74,11 @@ def test_a_stage_has_the_model_and_tokenizer_of_the_stage_it_starts_from(recipe)
     [
         ("dpo", "optimzer.lr=1", "stage dpo: .*did you mean 'optimizer"),
         ("dpo", "parallel.tensor=3", "stage dpo: .*3"),  # 4 heads: needs the model of the first stage to be seen
-        ("dpo", "data.sequence_length=4096", "stage dpo: data.sequence_length 4096 is more than model.max_sequence_length"),
+        (
+            "dpo",
+            "data.sequence_length=4096",
+            "stage dpo: data.sequence_length 4096 is more than model.max_sequence_length",
+        ),
         ("dpo", "data.validation.b.path=nowhere.jsonl", "stage dpo: .*nowhere.jsonl does not exist"),
         ("dpo", "data.train.a.path={score}/pears.jsonl", "score writes pairs.jsonl"),
         ("dpo", "data.train.a.path={scroe}/pairs.jsonl", "{scroe} .*is no earlier stage"),
@@ -108,4 +116,7 @@ def test_a_run_directory_with_spaces_and_commas_survives_hydra(recipe, tmp_path)
 
 @pytest.mark.parametrize("value", ["plain/path-1.2", "with space", "it's", "a,b=c", "back\\slash"])
 def test_assignments_are_read_back_as_they_were(value):
-    assert compose("convert", ["from=hf", "to=hf", "target=t", assignment("source", value)], check_files=False).source == value
+    assert (
+        compose("convert", ["from=hf", "to=hf", "target=t", assignment("source", value)], check_files=False).source
+        == value
+    )

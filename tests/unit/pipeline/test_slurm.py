@@ -1,0 +1,147 @@
+"""The sbatch commands of a chain, and the text of the scripts they submit."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nemo_align.config.pipeline import ClusterConfig
+from nemo_align.config.runtime import ParallelConfig
+from nemo_align.pipeline import run, slurm
+from nemo_align.pipeline.chain import Stage
+from nemo_align.pipeline.manifest import read_manifest
+
+SCRIPTS = ("train.sbatch", "pipeline.sbatch")
+
+
+def stage(tmp_path: Path, name: str = "dpo", depends_on: tuple[str, ...] = ()) -> Stage:
+    return Stage(
+        name=name,
+        verb="preference",
+        run_dir=tmp_path / name,
+        arguments=("+experiment=x/dpo", f"run_dir={tmp_path}/{name}"),
+        init_from=None,
+        depends_on=depends_on,
+    )
+
+
+def test_a_job_waits_for_its_parents_and_dies_with_them(tmp_path):
+    cluster = ClusterConfig(kind="slurm", partition="batch", account="me", time_limit="04:00:00")
+    argv = slurm.submission(
+        stage(tmp_path), ParallelConfig(tensor=8, pipeline=2, data=4), cluster, pipeline="x/recipe", after=["11", "12"]
+    )
+    assert argv[0] == "sbatch"
+    script = argv.index(str(slurm.script("train.sbatch")))
+    assert argv[script + 1 :] == ["preference", "+experiment=x/dpo", f"run_dir={tmp_path}/dpo"]
+    options = set(argv[1:script])
+    assert {
+        "--parsable",
+        "--dependency=afterok:11:12",
+        "--kill-on-invalid-dep=yes",
+        "--job-name=x/recipe/dpo",
+    } <= options
+    assert {"--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8"} <= options
+    assert {"--partition=batch", "--account=me", "--time=04:00:00"} <= options
+
+
+def test_the_first_job_waits_for_nothing_and_a_cluster_without_gpus_is_asked_for_none(tmp_path):
+    cluster = ClusterConfig(kind="slurm", gpus_per_node=None, tasks_per_node=2)
+    argv = slurm.submission(stage(tmp_path), ParallelConfig(tensor=2, data=2), cluster, pipeline="r", after=[])
+    assert not any(option.startswith(("--dependency", "--kill-on", "--partition")) for option in argv)
+    assert "--gpus-per-node=0" in argv  # over the script's own line
+    assert {"--nodes=2", "--ntasks-per-node=2"} <= set(argv)
+
+
+@pytest.mark.parametrize(
+    ("layout", "nodes", "expected"),
+    [
+        ({"tensor": 8, "pipeline": 12, "data": 16}, None, (192, 8)),
+        ({"tensor": 2}, None, (1, 2)),  # less than a node
+        ({"tensor": 8}, 16, (16, 8)),  # data parallel fills what is given
+        ({"tensor": 8, "data": 2}, 16, (2, 8)),  # a fixed layout knows better
+    ],
+)
+def test_nodes_follow_from_the_layout(layout, nodes, expected):
+    assert slurm.num_nodes(ClusterConfig(nodes=nodes), ParallelConfig(**layout)) == expected
+
+
+def test_a_layout_that_leaves_a_node_half_empty_is_refused():
+    with pytest.raises(ValueError, match="12 workers do not fill nodes of 8"):
+        slurm.num_nodes(ClusterConfig(), ParallelConfig(tensor=4, data=3))
+
+
+def test_sbatch_that_refuses_is_quoted(tmp_path, monkeypatch):
+    _commands(tmp_path, monkeypatch, "echo 'invalid partition specified: nope' >&2; exit 1")
+    with pytest.raises(ValueError, match=r"sbatch refused the job: invalid partition specified: nope"):
+        slurm.submit(["sbatch", "--partition=nope"])
+
+
+def test_without_slurm_the_remedy_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="sbatch is not installed here"):
+        slurm.submit(["sbatch"])
+
+
+def test_a_chain_is_submitted_with_its_dependencies_and_not_twice(tmp_path, monkeypatch, capsys):
+    from nemo_align.config.compose import compose
+
+    for name in ("tokenizer.model", "rows.jsonl"):
+        (tmp_path / name).write_text("")
+    keys = [f"data.tokenizer={tmp_path}/tokenizer.model", f"data.train.a.path={tmp_path}/rows.jsonl"]
+    keys += ["data.sequence_length=64", "train.global_batch_size=8", "train.max_steps=2", "optimizer.lr=1e-4"]
+    texts = [f"run_dir={tmp_path}/run", f"overrides=[{','.join(map(repr, keys))}]", "cluster=slurm"]
+    texts += ["stages.base.verb=sft", "stages.base.overrides=['model=tiny']"]
+    for name, source in ("left", "base"), ("right", "base"), ("end", "left"):
+        texts += [f"stages.{name}.verb=sft", f"stages.{name}.init_from={source}"]
+    # An sbatch that only numbers its jobs: what SLURM makes of them is tested on a real cluster.
+    _commands(tmp_path, monkeypatch, f'echo "$*" >> {tmp_path}/calls; wc -l < {tmp_path}/calls', squeue="echo PENDING")
+
+    assert run.main(compose("pipeline", texts), texts) == 0
+
+    calls = (tmp_path / "calls").read_text().splitlines()
+    dependencies = [match[0] if (match := re.findall(r"--dependency=(\S+)", call)) else None for call in calls]
+    assert dependencies == [None, "afterok:1", "afterok:1", "afterok:2", "afterany:1:2:3:4"]
+    assert calls[4].endswith(f"-m nemo_align.pipeline {tmp_path}/run")
+    assert [record.job_id for record in read_manifest(tmp_path / "run").stages] == ["1", "2", "3", "4"]
+    assert "cancel all: scancel 1 2 3 4" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"still queued or running: base \(job 1\)"):
+        run.main(compose("pipeline", texts), texts)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts(name):
+    path = slurm.script(name)
+    text = path.read_text()
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    assert os.access(path, os.X_OK)
+    lines = text.splitlines()
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first_command:])  # SLURM reads them up to a command
+    assert not re.search(r"^#SBATCH +--(partition|account|qos|nodelist|reservation|time)\b", text, re.MULTILINE)
+    assert not re.search(r"/(home|lustre|scratch|fsx|mnt)/", text)
+    for line in re.findall(r"^export .*$", text, re.MULTILINE) if name == "train.sbatch" else ():
+        before = text[: text.index(line)].rstrip("\n").splitlines()[-1]
+        assert before.startswith("#"), f"{line} lacks its why"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True)])
+def test_only_a_saved_run_goes_back_into_the_queue(tmp_path, monkeypatch, code, requeued):
+    _commands(tmp_path, monkeypatch, "", srun=f"exit {code}", scontrol=f'echo "$*" > {tmp_path}/requeued', sleep="")
+    variables = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "dgx[1-2]"}
+    done = subprocess.run(["bash", str(slurm.script("train.sbatch")), "sft", "a=b"], env=variables, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def _commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, **others: str) -> None:
+    """Put small stand-ins of SLURM's commands first in PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, body in {"sbatch": sbatch, **others}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
