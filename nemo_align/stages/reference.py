@@ -19,6 +19,7 @@ from nemo_align.runtime.topology import Topology
 from nemo_align.stages.rows import cache_directory, row_source
 from nemo_align.training.forward import forward_steps
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
+from nemo_align.training.progress import Progress
 from nemo_align.training.reference_cache import ReferenceCache
 from nemo_align.training.session import Session
 
@@ -26,6 +27,7 @@ logger = logging.getLogger("nemo_align")
 
 # What `reference_output` gives for each pair -> the name under which the objective of training finds it.
 TARGETS = {"chosen_logps": "reference_chosen_logps", "rejected_logps": "reference_rejected_logps"}
+PROGRESS_LINES = 4  # of a pass, where there is no terminal
 TOKENS = ("chosen_tokens", "rejected_tokens")
 
 
@@ -114,12 +116,13 @@ def _compute_missing(
         totals,
         collect_examples=True,
     )
-    for number, outcome in enumerate(outcomes, start=1):
-        indices = outcome.examples["index"].astype(np.int64)
-        cache.add(
-            [rows.example_fingerprint(index) for index in indices], outcome.examples, write=topology.is_main
-        )
-        logger.info("reference log-probabilities of %s: batch %d of %d", name, number, len(missing))
+    log_every = max(1, len(missing) // PROGRESS_LINES)
+    with Progress(f"reference {name}", len(missing), log_every=log_every, enabled=topology.is_main) as progress:
+        for number, outcome in enumerate(outcomes, start=1):
+            indices = outcome.examples["index"].astype(np.int64)
+            fingerprints = [rows.example_fingerprint(index) for index in indices]
+            cache.add(fingerprints, outcome.examples, write=topology.is_main)
+            progress.update(number)
 
 
 def _indices(step) -> list[int]:

@@ -61,7 +61,9 @@ class Telemetry:
         """Metrics over whole held-out sets."""
         self._write("validation", metrics)
         if self.enabled:
-            shown = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in metrics.items())
+            # Where a metric has parts (mse and mse/<attribute>), the line shows the whole; metrics.jsonl has all.
+            whole = {name: value for name, value in metrics.items() if name.rpartition("/")[0] not in metrics}
+            shown = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in whole.items())
             logger.info("held out, step %d: %s", step, shown)
 
     def forward_rates(self, name: str, totals: ForwardTotals) -> dict[str, float]:
