@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from nemo_align.checkpoint.store import checkpoint_path
 from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.loop import Trainer
-from nemo_align.training.result import RESULT_FILE
+from nemo_align.training.result import RESULT_FILE, read_result, write_result
 from nemo_align.training.session import Session
 from nemo_align.training.task import Task
 
 logger = logging.getLogger("nemo_align")
+
+HF_FOLDER = "hf"
 
 
 def run_training(
@@ -35,12 +38,20 @@ def run_training(
     validation = trainer.run()
     if validation is None:
         logger.info("%s is complete already: %s", config.experiment, session.run_dir / RESULT_FILE)
-        return
-    exported = None
-    if config.checkpoint.export_hf:
-        exported = "hf"
-        if session.topology.is_main:
-            from nemo_align.checkpoint.huggingface import export_hf  # transformers costs seconds to import
+    else:
+        trainer.telemetry.finish(validation, trainer.validation_totals)
+    if config.checkpoint.export_hf and session.topology.is_main:
+        _export(session, trainer.state.step)
 
-            export_hf(checkpoint_path(session.run_dir, trainer.state.step), session.run_dir / exported)
-    trainer.telemetry.finish(validation, trainer.validation_totals, hf=exported)
+
+def _export(session: Session, step: int) -> None:
+    """Write <run_dir>/hf unless it is there. After result.json, whose metrics the model card shows."""
+    result = read_result(session.run_dir)
+    assert result is not None, "written when the training ended"
+    if result.hf is not None:
+        return
+    from nemo_align.checkpoint.huggingface import export_hf  # transformers costs seconds to import
+
+    # An earlier process may have died between the export and the next line.
+    export_hf(checkpoint_path(session.run_dir, step), session.run_dir / HF_FOLDER, overwrite=True)
+    write_result(session.run_dir, replace(result, hf=HF_FOLDER))

@@ -70,7 +70,7 @@ class Telemetry:
         """Rates of the forward-only passes of one kind."""
         return self.throughput.forward(totals)
 
-    def finish(self, last_validation: dict[str, float], validation_totals: ForwardTotals, *, hf: str | None) -> None:
+    def finish(self, last_validation: dict[str, float], validation_totals: ForwardTotals) -> None:
         """Write result.json: the stage is complete."""
         self.close()
         state, topology = self.state, self.session.topology
@@ -101,7 +101,6 @@ class Telemetry:
             peak_source=self.throughput.peak_source,
             forward_only=forward_only,
             steps_left_out=int(rates.get("steps_left_out", 0)),
-            hf=hf,
         )
         write_result(self.session.run_dir, result)
 
