@@ -6,11 +6,15 @@ Keys in the file: model tensors under Transformer Engine's names with the layer'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
@@ -74,12 +78,14 @@ def model_state(model_chunks: list[torch.nn.Module], sharding: str | None) -> di
 
 def optimizer_state(optimizer: MegatronOptimizer, state_of_model: dict, sharding: str, *, is_loading: bool) -> dict:
     """Sharded state of the optimizer."""
+    _correct_order(optimizer)
     fill_adam_state(optimizer)
     metadata = {
         **format_metadata(sharding),
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    return optimizer.sharded_state_dict(state_of_model, is_loading=is_loading, metadata=metadata)
+    with _all_parameters_known(optimizer):
+        return optimizer.sharded_state_dict(state_of_model, is_loading=is_loading, metadata=metadata)
 
 
 def rng_object(state: object, topology: Topology) -> ShardedObject:
@@ -215,6 +221,48 @@ def compare(
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _correct_order(optimizer: MegatronOptimizer) -> None:
+    """Repair the distributed optimizer's map from a parameter to its place in torch's parameter group.
+
+    Megatron-core fills the groups with fp32 parameters first, the map in the order of the buffers. With both kinds in
+    one group (a bf16 reward model has an fp32 head) a save would take moments from, and a load put them to, the wrong
+    parameters.
+    """
+    for part in _parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            for group, (full, half) in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
+                for place, param in enumerate((*full, *half)):
+                    part.model_param_group_index_map[param] = (group, place)
+
+
+@contextmanager
+def _all_parameters_known(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Inside, the plain bf16 optimizer numbers all parameters of its groups, as torch's Adam does.
+
+    Megatron-core numbers the bf16 ones only and so does not find an fp32 reward head. The head comes last in its
+    groups, which keeps the numbers of the others.
+    """
+    mixed = [
+        part
+        for part in _parts(optimizer)
+        if isinstance(part, Float16OptimizerWithFloat16Params) and any(part.fp32_from_fp32_groups)
+    ]
+    before = [part.float16_groups for part in mixed]
+    for part in mixed:
+        full_groups = part.fp32_from_fp32_groups
+        for group, full in zip(part.optimizer.param_groups, full_groups, strict=True):
+            last = group["params"][len(group["params"]) - len(full) :]
+            assert all(found is wanted for found, wanted in zip(last, full, strict=True)), (
+                "fp32 parameters are not last"
+            )
+        part.float16_groups = [[*half, *full] for half, full in zip(part.float16_groups, full_groups, strict=True)]
+    try:
+        yield
+    finally:
+        for part, groups in zip(mixed, before, strict=True):
+            part.float16_groups = groups
 
 
 def _is_empty_extra(value: object) -> bool:

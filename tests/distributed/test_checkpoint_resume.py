@@ -68,11 +68,30 @@ def test_a_periodic_save_lets_the_data_parallel_size_change(
 
 
 @pytest.mark.parametrize("final", [True, False], ids=["final", "periodic"])
-@pytest.mark.parametrize("dtype, distributed_optimizer", [("bf16", True), ("bf16", False), ("fp32", False)])
+@pytest.mark.parametrize(
+    "dtype, distributed_optimizer, reward",
+    [
+        ("bf16", True, False),
+        pytest.param(
+            *("bf16", True, True),
+            # gloo's coalesced all-gather corrupts buffers of two number formats (bf16 body, fp32 head).
+            marks=pytest.mark.xfail(reason="bucket groups of mixed number formats on gloo", strict=False),
+        ),
+        ("bf16", False, False),
+        ("bf16", False, True),
+        ("fp32", False, False),
+    ],
+)
 def test_number_formats_and_the_plain_optimizer(
-    dtype: str, distributed_optimizer: bool, final: bool, pool2: WorkerPool, tokenizer: str, tmp_path: Path
+    dtype: str,
+    distributed_optimizer: bool,
+    reward: bool,
+    final: bool,
+    pool2: WorkerPool,
+    tokenizer: str,
+    tmp_path: Path,
 ) -> None:
-    options = {"dtype": dtype, "distributed_optimizer": distributed_optimizer}
+    options = {"dtype": dtype, "distributed_optimizer": distributed_optimizer, "reward": reward}
     whole = pool2.run(with_topology, runs.train_and_save, DATA, str(tmp_path / "whole"), tokenizer, 4, **options)[0]
     half = pool2.run(with_topology, runs.train_and_save, DATA, str(tmp_path), tokenizer, 2, final=final, **options)[0]
     resumed = pool2.run(with_topology, runs.resume_and_save, DATA, half, str(tmp_path), tokenizer, 2, 4, **options)[0]
