@@ -132,7 +132,7 @@ def _compose_with_hydra(verb: str, parsed: Sequence[overrides.Override]) -> _Com
             loader = GlobalHydra.instance().config_loader()
             defaults = loader.compute_defaults_list(verb, texts, RunMode.RUN).defaults
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(_hydra_message(error)) from None
+        raise ConfigError(hydra_message(error)) from None
     finally:
         GlobalHydra.instance().hydra = around
     assert isinstance(tree, dict)
@@ -204,7 +204,7 @@ def _refuse_missing(verb: str, config: Any, awaits_checkpoint: bool) -> None:
         raise ConfigError.of(problems)
 
 
-def _hydra_message(error: BaseException) -> str:
+def hydra_message(error: BaseException) -> str:
     """Hydra's message in the words of this command."""
     from hydra.errors import OverrideParseException
 

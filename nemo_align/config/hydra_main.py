@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from nemo_align.config import overrides, sources
-from nemo_align.config.compose import search_path_overrides
+from nemo_align.config.compose import hydra_message, search_path_overrides
+from nemo_align.config.errors import ConfigError
 
 # Our run directory holds what Hydra would write, and our logger what it would log.
 _QUIET = {
@@ -15,7 +16,6 @@ _QUIET = {
     "hydra/job_logging": "none",
     "hydra/hydra_logging": "none",
     "hydra.run.dir": ".",
-    "hydra.sweep.dir": "runs",
     "hydra.sweep.subdir": ".",
 }
 Job = Callable[[str, list[str]], int]  # (name of the job, its overrides) -> exit code
@@ -24,7 +24,7 @@ Job = Callable[[str, list[str]], int]  # (name of the job, its overrides) -> exi
 def show(verb: str, option: str, what: str, arguments: Sequence[str]) -> None:
     """Print Hydra's view of a configuration. `option`: --info or --cfg."""
     parsed = overrides.parse(verb, arguments)
-    _call_hydra(verb, [option, what, *_texts(parsed)], lambda _: None)
+    _call_hydra(verb, [option, what, *_texts(verb, parsed)], lambda _: None)
 
 
 def multirun(verb: str, arguments: Sequence[str], job: Job) -> int:
@@ -34,7 +34,7 @@ def multirun(verb: str, arguments: Sequence[str], job: Job) -> int:
         The largest exit code; a job that fails does not keep the others from running.
     """
     parsed = overrides.parse(verb, arguments)
-    fixed = set(overrides.for_hydra(parsed))
+    swept = _swept_keys(parsed)
     names = [override.text for override in parsed if override.key == sources.EXPERIMENT and not override.is_group]
     codes: list[int] = []
 
@@ -42,9 +42,10 @@ def multirun(verb: str, arguments: Sequence[str], job: Job) -> int:
         from hydra.core.hydra_config import HydraConfig
 
         texts = list(HydraConfig.get().overrides.task)
-        codes.append(job(job_name([text for text in texts if text not in fixed]), [*texts, *names]))
+        changed = [text for text in texts if text.partition("=")[0].lstrip("+~") in swept]
+        codes.append(job(job_name(changed), [*texts, *names]))
 
-    _call_hydra(verb, ["--multirun", *_texts(parsed)], run_one)
+    _call_hydra(verb, ["--multirun", *_texts(verb, parsed)], run_one)
     return max(codes, default=1)
 
 
@@ -54,9 +55,25 @@ def job_name(swept: Sequence[str]) -> str:
     return "__".join(parts) or "job"
 
 
-def _texts(parsed: Sequence[overrides.Override]) -> list[str]:
+def _swept_keys(parsed: Sequence[overrides.Override]) -> set[str]:
+    """Keys with several values. Asked of Hydra: `[a,b]` is one value, `a,b` and `range(1,3)` are several."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser = OverridesParser.create()
+    try:
+        read = {
+            override.key: parser.parse_override(text) for override in parsed for text in overrides.for_hydra([override])
+        }
+    except OverrideParseException as error:
+        raise ConfigError(hydra_message(error)) from None
+    return {key for key, override in read.items() if override.is_sweep_override()}
+
+
+def _texts(verb: str, parsed: Sequence[overrides.Override]) -> list[str]:
     given = {override.key for override in parsed}
-    quiet = [f"{key}={value}" for key, value in _QUIET.items() if key not in given]
+    settings = {**_QUIET, "hydra.sweep.dir": f"runs/{overrides.experiment_name(parsed) or verb}"}  # of multirun.yaml
+    quiet = [f"{key}={value}" for key, value in settings.items() if key not in given]
     return [*search_path_overrides(), *quiet, *overrides.for_hydra(parsed)]
 
 

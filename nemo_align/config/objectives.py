@@ -14,6 +14,7 @@ class RewardConfig:
     )  # columns of scores, in the order of the head's outputs
     weights: dict[str, float] | None = None  # of the scalar reward; must be given unless attributes are HelpSteer2's
     head_bias: bool = True  # a bias per attribute
+    head_bias_from_labels: bool = True  # a new bias starts at each attribute's mean label instead of at zero
     head_init_std: float | None = None  # null: model.init_std
     load_head: bool = False  # the head's weights from checkpoint.init_from too
 

@@ -132,7 +132,20 @@ def test_a_rank_of_torchrun_refuses_a_world_that_is_no_layout(monkeypatch, capsy
 
 
 def test_a_sweep_gives_every_job_its_directory(launched, tmp_path, monkeypatch, capsys):
-    assert cli.main(["sft", *SFT, "optimizer.lr=1e-4,1e-5", "parallel=single,tp2", "experiment=x", "--multirun"]) == 0
+    assert (
+        cli.main(
+            [
+                "sft",
+                *SFT,
+                "optimizer.lr=1e-4,1e-5",
+                "parallel=single,tp2",
+                "experiment=x",
+                "train.packing=false",
+                "--multirun",
+            ]
+        )
+        == 0
+    )
     found = sorted(path.parent.name for path in (tmp_path / "runs" / "x").glob(f"*/{CONFIG_FILE}"))
     rates, layouts = ("0.0001", "1e-05"), ("single", "tp2")
     assert found == sorted(f"optimizer.lr-{rate}__parallel-{layout}" for rate in rates for layout in layouts)
