@@ -60,14 +60,11 @@ def _swept_keys(parsed: Sequence[overrides.Override]) -> set[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
-    parser = OverridesParser.create()
     try:
-        read = {
-            override.key: parser.parse_override(text) for override in parsed for text in overrides.for_hydra([override])
-        }
+        read = OverridesParser.create().parse_overrides(overrides.for_hydra(parsed))
     except OverrideParseException as error:
         raise ConfigError(hydra_message(error)) from None
-    return {key for key, override in read.items() if override.is_sweep_override()}
+    return {override.key_or_group for override in read if override.is_sweep_override()}
 
 
 def _texts(verb: str, parsed: Sequence[overrides.Override]) -> list[str]:

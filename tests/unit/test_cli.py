@@ -72,6 +72,7 @@ def test_wrong_options(arguments, message):
             2,
             "needs 96 workers, too many for a machine without",
         ),
+        (["sft", *SFT, "run_dir=a=b,c", "--multirun"], 2, "cannot read 'run_dir=a=b,c'"),
         (["sft", *SFT, "precision=fp8_delayed"], 2, "use precision=bf16 here"),
     ],
 )
