@@ -30,6 +30,12 @@ class RewardHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_attributes, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(num_attributes, dtype=torch.float32)) if bias else None
 
+    @torch.no_grad()
+    def start_at(self, scores: Tensor) -> None:
+        """Set the bias to these scores [A], so that training begins at a constant answer instead of at zero."""
+        assert self.bias is not None, "a head without bias starts at zero"
+        self.bias.copy_(scores)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[S, B, H], or this rank's [S / tensor, B, H] under sequence parallel -> fp32 [B, S, A], equal on all tensor
         ranks."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nemo_align.config.stages import RewardStageConfig
@@ -36,6 +37,13 @@ class RegressionObjective:
         return regression(read_predictions(output, batch.read_positions), batch.targets["labels"], self.attributes)
 
 
+def mean_labels(labels: np.ndarray) -> np.ndarray:
+    """Mean label of each attribute [A] over the rows [N, A] that have it (not NaN); 0 for one that no row has."""
+    given = ~np.isnan(labels)
+    total = np.where(given, labels, 0).sum(axis=0, dtype=np.float64)
+    return (total / np.maximum(given.sum(axis=0), 1)).astype(np.float32)
+
+
 def run(config: RewardStageConfig, topology: Topology, stop: StopRequest) -> None:
     """Train a multi-attribute reward model."""
     session = open_session(config, topology, stop, reward=config.reward, load_head=config.reward.load_head)
@@ -51,7 +59,11 @@ def run(config: RewardStageConfig, topology: Topology, stop: StopRequest) -> Non
         )
 
     train, validation = tokenize_all(session, tokenize)
-    training_mean = np.nanmean(train.targets["labels"], axis=0)
+    training_mean = mean_labels(train.targets["labels"])
+    if config.reward.head_bias and config.reward.head_bias_from_labels and not config.reward.load_head:
+        for chunk in session.model_chunks:
+            if chunk.post_process:
+                chunk.reward_head.start_at(torch.from_numpy(training_mean))
 
     def set_metrics(examples: Mapping[str, np.ndarray], source: StepSource) -> dict[str, float]:
         labels = source.targets["labels"][examples["index"].astype(np.int64)]
