@@ -17,6 +17,7 @@ from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import sharded_state, store
 from nemo_align.checkpoint.agreement import agree, gather, on_main
 from nemo_align.checkpoint.architecture import architecture_problems
+from nemo_align.checkpoint.head_and_rows import settle_head, vocabulary_problems
 from nemo_align.checkpoint.safe_reading import read_metadata
 from nemo_align.checkpoint.store import CheckpointReference
 from nemo_align.checkpoint.torch_dist import load_sharded, save_sharded
@@ -126,7 +127,7 @@ def load_weights(
     content = sharded_state.model_state(model_chunks, None)
     requested = sharded_state.everyones(sharded_state.requested_shapes(content))
     metadata = read_metadata(reference.path)
-    unread = _settle_head(reference, requested, metadata.state_dict_metadata, load_head=load_head)
+    unread = settle_head(reference, requested, metadata.state_dict_metadata, load_head=load_head)
     # FP8 histories belong to the run that made them, not to its weights.
     unread |= {key for key in requested if sharded_state.EXTRA_STATE in key}
     requested = {key: value for key, value in requested.items() if key not in unread}
@@ -134,7 +135,7 @@ def load_weights(
         ModelConfig(**reference.manifest["model"]), sharded_state.bare_model(model_chunks[0])
     )
     problems += sharded_state.compare(requested, metadata, of="model", ignored=unread)
-    problems += _vocabulary_problem(requested, reference.manifest)
+    problems += vocabulary_problems(requested, reference.manifest)
     if problems:
         raise ValueError(f"{reference.path} does not fit the model. " + "; ".join(problems))
     sharded_state.drop(content, unread)
@@ -271,36 +272,6 @@ def _check_layout(path: Path, manifest: dict, optimizer, topology: Topology) -> 
             "any layout, or start a new run_dir from the weights with checkpoint.init_from"
         )
     return saved
-
-
-def _settle_head(
-    reference: CheckpointReference, requested: dict[str, tuple | None], stored: dict, *, load_head: bool
-) -> set[str]:
-    """Keys that stay unread because policy and reward model end differently; refuses what cannot be right."""
-    wants_head = any(key.startswith(sharded_state.HEAD_PREFIX) for key in requested)
-    has_head = any(key.startswith(sharded_state.HEAD_PREFIX) for key in stored)
-    if not wants_head:
-        if has_head:
-            raise ValueError(f"{reference.path} is a reward model: it has no output layer to start a policy from")
-        assert not load_head
-        return set()
-    if load_head and not has_head:
-        raise ValueError(f"reward.load_head=true, but {reference.path} has no reward head: set reward.load_head=false")
-    if load_head:
-        return set()
-    logger.info("the reward head stays as initialised%s", "; that of the checkpoint is not read" if has_head else "")
-    heads = {key for key in (*requested, *stored) if key.startswith(sharded_state.HEAD_PREFIX)}
-    return heads | {"output_layer.weight"}
-
-
-def _vocabulary_problem(requested: dict[str, tuple | None], manifest: dict) -> list[str]:
-    """Padding may differ, real rows must not be cut off: allow_shape_mismatch alone would drop them in silence."""
-    vocabulary = manifest["model"]["vocab_size"]
-    return [
-        f"{key} has {entry[0][0]} rows, fewer than the checkpoint's vocabulary of {vocabulary}"
-        for key, entry in requested.items()
-        if entry is not None and entry[1] and entry[0][0] < vocabulary
-    ]
 
 
 def _into_model(loaded: dict, model_chunks: list[torch.nn.Module]) -> None:

@@ -27,7 +27,7 @@ def fold_bias(weight: Tensor, bias: Tensor, norm_bias: Tensor) -> Tensor:
         return norm_bias.float()
     weight64, bias64 = weight.double(), bias.double()
     singular = torch.linalg.svdvals(weight64)
-    if weight.shape[0] > weight.shape[1] or singular[-1] * MAX_CONDITION < singular[0]:
+    if weight.shape[0] > weight.shape[1] or singular[-1] * MAX_CONDITION <= singular[0]:  # 0 <= 0 too
         condition = float(singular[0] / singular[-1]) if singular[-1] > 0 else float("inf")
         raise ValueError(
             f"the reward head's bias cannot be exported: the weights of its {weight.shape[0]} attributes are not "
