@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -88,8 +89,10 @@ def summary_submission(run_dir: Path, cluster: ClusterConfig, *, pipeline: str, 
 
 def submit(argv: list[str]) -> str:
     """Run an sbatch command; returns the job id. Raises ValueError with what sbatch said if it refuses."""
+    # The job inherits our environment; its Python is ours, unless the site names another (one in a container).
+    environment = {"NEMO_ALIGN_PYTHON": sys.executable, **os.environ}
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise ValueError("sbatch is not installed here: run on a login node, or use cluster=local") from None
     if done.returncode:
