@@ -181,9 +181,10 @@ def load_training(
         content[sharded_state.RNG_KEY] = sharded_state.rng_object(None, topology)
     loaded = load_sharded(content, reference.path)
     _into_model(loaded, model_chunks)
+    if not resuming:
+        sharded_state.replace_hyper_parameters(optimizer, loaded["optimizer"], settings)
     sharded_state.into_optimizer(optimizer, loaded["optimizer"])
     if not resuming:
-        sharded_state.restore_hyper_parameters(optimizer, settings)
         return manifest["state"]
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:

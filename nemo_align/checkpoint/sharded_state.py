@@ -26,6 +26,7 @@ OPTIMIZER_PREFIX = "optimizer."
 RNG_KEY = "rng_state"
 HEAD_PREFIX = "reward_head."
 EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history; ours only on a GPU with delayed scaling
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # what makes groups different
 NUM_LISTED = 6  # keys named in an error
 
 
@@ -150,11 +151,18 @@ def hyper_parameters(optimizer: MegatronOptimizer) -> list[dict]:
     return [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
 
 
-def restore_hyper_parameters(optimizer: MegatronOptimizer, saved: list[dict]) -> None:
-    """Undo what a load did to the settings that `hyper_parameters` copied."""
-    groups = [group for part in _parts(optimizer) for group in part.optimizer.param_groups]
-    for group, values in zip(groups, saved, strict=True):
-        group.update(values)
+def replace_hyper_parameters(optimizer: MegatronOptimizer, loaded: dict, ours: list[dict]) -> None:
+    """Put `ours` (from `hyper_parameters`) in place of the settings in a loaded state, which keeps its step count.
+
+    Before the load: newer Megatron-core finds a group by its learning rates too, and the schedule reads them from it.
+    """
+    parts = _parts(optimizer)
+    for index in range(len(parts)):
+        state = loaded if len(parts) == 1 else loaded[index]
+        for group in state.get("optimizer", state)["param_groups"]:  # the plain fp32 optimizer has no level between
+            same = [ours_of for ours_of in ours if all(ours_of.get(key) == group.get(key) for key in _GROUP_KEYS)]
+            assert len(same) == 1, f"{len(same)} parameter groups like {group}"
+            group.update(same[0])
 
 
 def drop(state: dict, keys: set[str]) -> None:

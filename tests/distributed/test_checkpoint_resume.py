@@ -176,11 +176,11 @@ def test_random_states_go_on_where_they_stood(pool2: WorkerPool, tokenizer: str,
     assert all(new != old for new, (_, old) in zip(taken_over, saved, strict=True))  # a new stage keeps its own
 
 
-def take_over_optimizer(topology, path: str) -> tuple[list, float, float, float]:
+def take_over_optimizer(topology, path: str, **options) -> tuple[list, float, float, float]:
     from nemo_align.checkpoint import megatron
     from nemo_align.checkpoint.sharded_state import hyper_parameters
 
-    run = runs.build(topology)
+    run = runs.build(topology, **options)
     for group in run.optimizer.param_groups:
         group["max_lr"] = 0.5
     before = hyper_parameters(run.optimizer)
@@ -190,9 +190,16 @@ def take_over_optimizer(topology, path: str) -> tuple[list, float, float, float]
     return before, run.optimizer.param_groups[0]["max_lr"], float(state["step"]), float(state["exp_avg"].abs().sum())
 
 
-def test_moments_go_into_a_new_stage_without_its_settings(pool1: WorkerPool, tokenizer: str, tmp_path: Path) -> None:
-    [path] = pool1.run(with_topology, runs.train_and_save, ONE, str(tmp_path), tokenizer, 3)
-    [(_, max_lr, count, moment)] = pool1.run(with_topology, take_over_optimizer, ONE, path)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"distributed_optimizer": False}, {"distributed_optimizer": False, "dtype": "bf16"}],
+    ids=["distributed", "plain_fp32", "plain_bf16"],
+)
+def test_moments_go_into_a_new_stage_without_its_settings(
+    options: dict, pool1: WorkerPool, tokenizer: str, tmp_path: Path
+) -> None:
+    [path] = pool1.run(with_topology, runs.train_and_save, ONE, str(tmp_path), tokenizer, 3, **options)
+    [(_, max_lr, count, moment)] = pool1.run(with_topology, take_over_optimizer, ONE, path, **options)
     assert max_lr == 0.5  # 0.01 in the checkpoint
     assert count == 3 and moment > 0
 
