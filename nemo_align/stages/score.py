@@ -10,6 +10,7 @@ import logging
 import numpy as np
 from torch import Tensor
 
+from nemo_align.checkpoint.huggingface import hf_reward_config
 from nemo_align.checkpoint.store import resolve
 from nemo_align.config.data import RowsConfig
 from nemo_align.config.objectives import RewardConfig
@@ -98,14 +99,16 @@ def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None
 def reward_of(init_from: str) -> RewardConfig:
     """Attributes, weights and head of the reward model in `init_from`. Raises ValueError if it is none."""
     reference = resolve(init_from)
-    described = (reference.manifest or {}).get("reward")
-    if described is None:
+    if reference.kind == "hf":
+        reward = hf_reward_config(reference.path)
+    else:
+        described = reference.manifest["reward"]
+        reward = RewardConfig(**described) if described else None
+    if reward is None:
         raise ValueError(
             f"checkpoint.init_from={init_from} is no reward model of nemo-align reward: score needs one with its head"
         )
-    return RewardConfig(
-        attributes=described["attributes"], weights=described["weights"], head_bias=described["head_bias"]
-    )
+    return reward
 
 
 def _score(session: Session, name: str, rows: TokenizedRows, totals: ForwardTotals) -> np.ndarray:

@@ -14,6 +14,7 @@ from megatron.core.utils import get_model_config
 
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 from nemo_align.config.training import OptimizerConfig
+from nemo_align.runtime.device import use_gpu
 
 # Our names of schedules and Megatron-core's.
 DECAY_STYLES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
@@ -51,8 +52,10 @@ def wrap_data_parallel(
             config,
             ddp_config,
             chunk,
-            # Only the first chunk's buckets can overlap with the rest of the backward pass.
-            disable_bucketing=index > 0 or not parallel.overlap_grad_reduce,
+            # Only the first chunk's buckets can overlap with the rest of the backward pass, so the others take one
+            # group. Not on gloo: that group's collectives are coalesced, and torch's coalescing there corrupts buffers
+            # of two number formats (a bf16 decoder and its fp32 reward head).
+            disable_bucketing=index > 0 and parallel.overlap_grad_reduce and use_gpu(),
         )
         for index, chunk in enumerate(model_chunks)
     ]

@@ -73,7 +73,7 @@ def open_session(
     elif initial.kind == "hf":
         from nemo_align.checkpoint.huggingface import load_hf_weights  # transformers costs seconds to import
 
-        load_hf_weights(initial.path, chunks, topology)
+        load_hf_weights(initial.path, chunks, topology, load_head=load_head)
     else:
         load_weights(initial, chunks, topology, load_head=load_head)
     return Session(
