@@ -64,8 +64,9 @@ class Trainer:
         try:
             if not resumed:
                 self._load_initial_optimizer()
-                if self.config.train.validate_at_start:
-                    self.state.first_validation = self._validate()
+            # Also after a resume: a stop may have come during the first validation.
+            if self.state.step == 0 and self.config.train.validate_at_start:
+                self.state.first_validation = self._validate()
             while self.state.step < self.num_steps:
                 self._step()
                 if self.session.stop.agreed(self.topology):
