@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.distributed.pool import WorkerPool
-from tests.stage_inputs import StageInputs, make_stage_inputs  # noqa: E402
+from tests.stage_inputs import StageInputs, make_stage_inputs
 
 
 def _pool(world_size: int) -> Iterator[WorkerPool]:

@@ -88,7 +88,9 @@ class Trainer:
 
     def _step(self) -> None:
         begin = time.perf_counter()
-        size = min(self.batches.batch_size(self.state.consumed_examples), self.num_examples - self.state.consumed_examples)
+        size = min(
+            self.batches.batch_size(self.state.consumed_examples), self.num_examples - self.state.consumed_examples
+        )
         step = self.task.train.step(self.state.consumed_examples, size)
         for chunk in self.model_chunks:
             chunk.zero_grad_buffer()
@@ -174,13 +176,18 @@ class Trainer:
         if newest is None:
             return False
         values = load_training(
-            newest, self.model_chunks, self.optimizer, self.scheduler, self.topology, verify=False  # just verified
+            newest,
+            self.model_chunks,
+            self.optimizer,
+            self.scheduler,
+            self.topology,
+            verify=False,  # just verified
         )
         self.state = TrainState.from_dict(values)
         if self.state.data_fingerprint != self.task.train.fingerprint:
             raise ValueError(
-                f"the training data changed since the checkpoint {newest}: a resumed run would read other rows than the "
-                "ones it skips. Restore the data and data.* settings, or start in another run_dir with "
+                f"the training data changed since the checkpoint {newest}: a resumed run would read other rows than "
+                "the ones it skips. Restore the data and data.* settings, or start in another run_dir with "
                 f"checkpoint.init_from={newest}"
             )
         logger.info("resumed %s at step %d of %d", newest, self.state.step, self.num_steps)

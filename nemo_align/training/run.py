@@ -17,9 +17,7 @@ logger = logging.getLogger("nemo_align")
 HF_FOLDER = "hf"
 
 
-def run_training(
-    session: Session, task: Task, num_examples: int, *, batches: BatchSchedule | None = None
-) -> None:
+def run_training(session: Session, task: Task, num_examples: int, *, batches: BatchSchedule | None = None) -> None:
     """Train on `num_examples` examples, save, export if asked for, and write result.json.
 
     `batches`: the batch schedule when it has a ramp; by default every batch has `train.global_batch_size` examples.

@@ -90,9 +90,7 @@ def run_step(
 
 def _detached(result: ObjectiveOutput) -> ObjectiveOutput:
     """Without the graph, so that keeping it until the step's end holds no activations."""
-    return ObjectiveOutput(
-        loss=result.loss.detach(), count=result.count, sums=result.sums, examples=result.examples
-    )
+    return ObjectiveOutput(loss=result.loss.detach(), count=result.count, sums=result.sums, examples=result.examples)
 
 
 def _reduce_sums(
@@ -119,9 +117,7 @@ def _broadcast_from_last_stage(tensor: Tensor, topology: Topology) -> None:
     torch.distributed.broadcast(tensor, src=torch.distributed.get_process_group_ranks(group)[-1], group=group)
 
 
-def _gather_examples(
-    outputs: list[tuple[Tensor, ObjectiveOutput]], topology: Topology
-) -> dict[str, np.ndarray]:
+def _gather_examples(outputs: list[tuple[Tensor, ObjectiveOutput]], topology: Topology) -> dict[str, np.ndarray]:
     """Per-example outputs of all data-parallel ranks, on every rank, in the order of the dataset."""
     gathered: list[dict[str, np.ndarray]] = [{} for _ in range(topology.data)]
     if topology.is_last_stage:

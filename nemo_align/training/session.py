@@ -64,8 +64,8 @@ def open_session(
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {config.model.name} "
-            f"embeds {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or use the model's tokenizer"
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {config.model.name}"
+            f" embeds {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or use the model's tokenizer"
         )
     chunks = build_model(config.model, config.parallel, config.precision, topology, reward_head=reward)
     if initial is None:

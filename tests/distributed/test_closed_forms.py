@@ -78,13 +78,17 @@ def label_log_probs(model, tokens, mask, vocab_size):
 
 
 def compare(gradients, model):
-    """Elementwise; sums that nearly cancel keep the rounding of their terms, so the bound follows the largest element."""
+    """Elementwise; sums that nearly cancel keep their terms' rounding, so the bound follows the largest element."""
     import torch
 
     largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
-            gradients[name], parameter.grad, rtol=2e-4, atol=2e-6 * largest, msg=lambda text, name=name: f"{name}: {text}"
+            gradients[name],
+            parameter.grad,
+            rtol=2e-4,
+            atol=2e-6 * largest,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -94,12 +98,19 @@ def preference_case(topology, config, cache, kind):
     from nemo_align.stages.preference import PreferenceObjective
 
     rows = tokenize_preference(
-        config.data, config.data.train, load_tokenizer(config.data.tokenizer), cache_dir=cache, seed=0, preference_loss=kind
+        config.data,
+        config.data.train,
+        load_tokenizer(config.data.tokenizer),
+        cache_dir=cache,
+        seed=0,
+        preference_loss=kind,
     )
     oracle = build(topology, config)[0]
     vocab = config.model.vocab_size
     chance = np.random.default_rng(5)
-    sums = [[label_log_probs(oracle, *sequence, vocab).sum() for sequence in rows.sequences(i)] for i in range(len(rows))]
+    sums = [
+        [label_log_probs(oracle, *sequence, vocab).sum() for sequence in rows.sequences(i)] for i in range(len(rows))
+    ]
     # A reference away from the policy, so that u differs from 0 and from pair to pair.
     reference = np.array([[float(x.detach()) for x in pair] for pair in sums]) + chance.normal(0, 3, (len(rows), 2))
     reference = reference.astype(np.float32)
