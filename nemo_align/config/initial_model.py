@@ -14,23 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_align.config.errors import ConfigError
+from nemo_align.config.hf_model import hf_model_config, hf_reward_config
 from nemo_align.config.model import ModelConfig
 
 # May differ from the checkpoint: no weight and no result at the trained lengths depends on them.
 _FREE_KEYS = ("name", "init_std", "max_sequence_length", "make_vocab_size_divisible_by")
-_HF_SIZES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
-    "max_sequence_length": "max_position_embeddings",
-    "layernorm_epsilon": "norm_eps",
-    "init_std": "initializer_range",
-}
-_ROTARY_PERCENT = ("partial_rotary_factor", "rope_percent", "rope_percentage")
-# What every Nemotron-4 has; a folder that says otherwise is another architecture.
-_HF_FIXED = {"hidden_act": "relu2", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
 
 
 @dataclass(frozen=True)
@@ -87,58 +75,15 @@ def read(init_from: Path) -> InitialCheckpoint:
     )
 
 
-def hf_model(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """ModelConfig's fields from the config.json of a Hugging Face `nemotron` folder (checkpoint-formats: mapping by
-    NeMo's converters).
-
-    Raises:
-        ConfigError: another architecture, a field missing, or no rotary percentage in any of its spellings.
-    """
-    place = f"{folder / 'config.json'}:"
-    if fields.get("model_type") != "nemotron":
-        raise ConfigError(f"{place} model_type is {fields.get('model_type')!r}, but only 'nemotron' can be read")
-    for name, value in _HF_FIXED.items():
-        if fields.get(name, value) != value:
-            raise ConfigError(f"{place} {name} is {fields[name]!r}; Nemotron-4 has {value!r}")
-    if lacking := [name for name in _HF_SIZES.values() if fields.get(name) is None]:
-        raise ConfigError(f"{place} {', '.join(lacking)} missing")
-    percent, base = _rotary(place, fields)
-    heads = fields["num_attention_heads"]
-    return {
-        "name": folder.resolve().name,
-        **{ours: fields[theirs] for ours, theirs in _HF_SIZES.items()},
-        "num_query_groups": fields.get("num_key_value_heads") or heads,
-        "head_dim": fields.get("head_dim"),
-        "make_vocab_size_divisible_by": ModelConfig.make_vocab_size_divisible_by,
-        "rotary_percent": percent,
-        "rotary_base": base,
-    }
-
-
-def _rotary(place: str, fields: Mapping[str, Any]) -> tuple[float, int]:
-    """Rotary percentage and base: in `rope_parameters` (transformers 5), or under one of three older names. There is
-    no default to fall back on: a wrong percentage loads without complaint and gives other logits."""
-    nested = fields.get("rope_parameters") or {}
-    scaling = fields.get("rope_scaling") or {}
-    kind = nested.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise ConfigError(f"{place} rope_type is {kind!r}; Nemotron-4 has plain rotary embeddings")
-    found = {f"rope_parameters.{name}": nested[name] for name in _ROTARY_PERCENT if nested.get(name) is not None}
-    found |= {name: fields[name] for name in _ROTARY_PERCENT if fields.get(name) is not None}
-    if not found:
-        raise ConfigError(
-            f"{place} no rotary percentage: none of rope_parameters.partial_rotary_factor, {', '.join(_ROTARY_PERCENT)}"
-        )
-    if len(set(found.values())) > 1:
-        raise ConfigError(f"{place} contradicting rotary percentages: {found}")
-    base = nested.get("rope_theta", fields.get("rope_theta"))
-    if base is None:
-        raise ConfigError(f"{place} rope_theta missing")
-    return float(next(iter(found.values()))), int(base)
-
-
 def _read_hf(folder: Path) -> InitialCheckpoint:
-    return InitialCheckpoint("hf", folder, hf_model(folder, _json(folder / "config.json")), None, str(folder))
+    try:
+        model, reward = hf_model_config(folder), hf_reward_config(folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    described = None
+    if reward is not None:
+        described = {"attributes": reward.attributes, "weights": reward.weights, "head_bias": reward.head_bias}
+    return InitialCheckpoint("hf", folder, dataclasses.asdict(model), described, str(folder))
 
 
 def _read_megatron(folder: Path) -> InitialCheckpoint:

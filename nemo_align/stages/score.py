@@ -10,9 +10,9 @@ import logging
 import numpy as np
 from torch import Tensor
 
-from nemo_align.checkpoint.huggingface import hf_reward_config
 from nemo_align.checkpoint.store import resolve
 from nemo_align.config.data import RowsConfig
+from nemo_align.config.hf_model import hf_reward_config
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.stages import ScoreStageConfig
 from nemo_align.data.batch import Batch

@@ -65,7 +65,7 @@ def open_session(
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {config.model.name}"
-            f" embeds {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or use the model's tokenizer"
+            f" embeds {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or take its own tokenizer"
         )
     chunks = build_model(config.model, config.parallel, config.precision, topology, reward_head=reward)
     if initial is None:

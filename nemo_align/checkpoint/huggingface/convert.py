@@ -12,12 +12,12 @@ import torch
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint.huggingface.export import TORCH_DTYPES, export_hf
 from nemo_align.checkpoint.huggingface.load import HuggingFaceWeights
-from nemo_align.checkpoint.huggingface.model_config import hf_model_config, hf_reward_config
 from nemo_align.checkpoint.huggingface.publish import whole_folder
 from nemo_align.checkpoint.huggingface.weight_map import EMBEDDING, HEAD_BIAS, HEAD_WEIGHT
 from nemo_align.checkpoint.storage import TensorWriter
 from nemo_align.checkpoint.store import resolve
 from nemo_align.config.checkpoint import ConvertConfig
+from nemo_align.config.hf_model import hf_model_config, hf_reward_config
 from nemo_align.data.tokenizer import load_tokenizer
 
 FORMATS = ("hf", "megatron")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_align.checkpoint.huggingface import qkv, reward_head
 from nemo_align.checkpoint.huggingface.model_card import model_card
-from nemo_align.checkpoint.huggingface.model_config import CONFIG_FILE, hf_config
+from nemo_align.checkpoint.huggingface.model_config import hf_config
 from nemo_align.checkpoint.huggingface.publish import whole_folder
 from nemo_align.checkpoint.huggingface.safetensors_files import DEFAULT_SHARD_BYTES, SafetensorsWriter
 from nemo_align.checkpoint.huggingface.tokenizer_files import write_tokenizer
@@ -31,6 +31,7 @@ from nemo_align.checkpoint.huggingface.weight_map import (
 from nemo_align.checkpoint.manifest import check_checksums
 from nemo_align.checkpoint.storage import TensorReader
 from nemo_align.checkpoint.store import resolve
+from nemo_align.config.hf_model import CONFIG_FILE
 from nemo_align.config.model import ModelConfig
 from nemo_align.data.chat_template import TURN_START
 from nemo_align.data.tokenizer import Tokenizer

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nemo_align.checkpoint.architecture import architecture_problems
 from nemo_align.checkpoint.huggingface import qkv, reward_head
-from nemo_align.checkpoint.huggingface.model_config import hf_model_config, hf_reward_config
 from nemo_align.checkpoint.huggingface.safetensors_files import SafetensorsFolder
 from nemo_align.checkpoint.huggingface.weight_map import (
     FINAL_NORM_BIAS,
@@ -23,6 +22,7 @@ from nemo_align.checkpoint.huggingface.weight_map import (
     Weight,
     weight_map,
 )
+from nemo_align.config.hf_model import hf_model_config, hf_reward_config
 from nemo_align.config.model import ModelConfig
 from nemo_align.model.counts import head_dim
 from nemo_align.runtime.topology import Topology

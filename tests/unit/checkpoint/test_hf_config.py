@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_align.checkpoint.huggingface.model_config import hf_config, hf_model_config, hf_reward_config
+from nemo_align.checkpoint.huggingface.model_config import hf_config
+from nemo_align.config.hf_model import hf_model_config, hf_reward_config
 from nemo_align.config.model import ModelConfig
 
 # Shapes of public configs: the community's 340B, Minitron-4B and a Nemotron-3 22B.

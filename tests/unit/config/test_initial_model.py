@@ -8,7 +8,7 @@ import pytest
 
 from nemo_align.config.compose import compose
 from nemo_align.config.errors import ConfigError
-from nemo_align.config.initial_model import hf_model, read
+from nemo_align.config.initial_model import read
 
 MODEL = {
     "name": "m", "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4,
@@ -31,6 +31,11 @@ def _checkpoint(run_dir, step, model=MODEL, reward=None):
     (folder / "manifest.json").write_text(json.dumps({"model": model, "reward": reward, "tokenizer": "tokenizer"}))
     (folder / "tokenizer").mkdir()
     return folder
+
+
+def _hf_folder(tmp_path, fields):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return tmp_path
 
 
 def _sft(tmp_path, *more):
@@ -96,25 +101,25 @@ def test_hugging_face_in_every_spelling_of_the_rotary_part(tmp_path, rotary):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({}, "no rotary percentage"),
-        ({"rope_percent": 0.5, "partial_rotary_factor": 1.0}, "contradicting rotary percentages"),
-        ({"rope_percent": 0.5}, "rope_theta missing"),
-        ({"rope_percent": 0.5, "rope_theta": 1e4, "rope_scaling": {"type": "linear"}}, "rope_type is 'linear'"),
+        ({}, "does not say the rotary part of a head"),
+        ({"rope_percent": 0.5, "partial_rotary_factor": 1.0}, "contradicts itself about the rotary part"),
+        ({"rope_percent": 0.5}, "does not say the rotary base"),
+        ({"rope_percent": 0.5, "rope_theta": 1e4, "rope_scaling": {"type": "linear"}}, "rope_type='linear'"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"hidden_act": "silu"}, "hidden_act is 'silu'; Nemotron-4 has 'relu2'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        ({"intermediate_size": None}, "intermediate_size missing"),
+        ({"hidden_act": "silu"}, "hidden_act='silu', the Nemotron-4 architecture has 'relu2'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"intermediate_size": None}, "lacks intermediate_size"),
     ],
 )
 def test_other_architectures_are_refused(tmp_path, change, message):
     with pytest.raises(ConfigError) as caught:
-        hf_model(tmp_path, {**MINITRON, **change})
+        read(_hf_folder(tmp_path, {**MINITRON, **change}))
     assert message in str(caught.value)
 
 
 def test_broken_json_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
         read(tmp_path)
 
 
@@ -125,3 +130,10 @@ def test_a_reward_model_brings_its_weights_to_score(tmp_path):
     texts = [f"checkpoint.init_from={run}", f"inputs.a={tmp_path}/rows.jsonl", "data.sequence_length=64"]
     assert compose("score", texts).weights == {"clarity": 2.0}
     assert compose("score", [*texts, "weights.clarity=3"]).weights == {"clarity": 3.0}
+
+
+def test_a_hugging_face_reward_model_brings_its_attributes(tmp_path):
+    rotary = {"partial_rotary_factor": 0.5, "rope_theta": 10000}
+    labels = {"architectures": ["NemotronForSequenceClassification"], "id2label": {"0": "clarity", "1": "safety"}}
+    found = read(_hf_folder(tmp_path, {**MINITRON, **rotary, **labels, "reward_head_bias": True}))
+    assert found.reward == {"attributes": ["clarity", "safety"], "weights": None, "head_bias": True}
