@@ -110,7 +110,12 @@ def run(verb: str, overrides: list[str]) -> int:
     if verb == "pipeline":
         return importlib.import_module("nemo_align.pipeline.run").main(config, overrides)
     if verb == "convert":
-        importlib.import_module("nemo_align.checkpoint.huggingface").convert(config)
+        from nemo_align.runtime import logs
+
+        logger = logs.setup(config.run_dir, rank=0)
+        logs.quiet_libraries()
+        target = importlib.import_module("nemo_align.checkpoint.huggingface").convert(config)
+        logger.info("converted %s to %s", config.source, target)
         return SUCCESS
     return _run_here(verb, config, environment) if environment else _start_workers(verb, config)
 

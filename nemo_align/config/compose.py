@@ -212,11 +212,18 @@ def hydra_message(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         written = error.override.removeprefix("++")
         key, _, value = written.partition("=")
-        quoted = f"'{key}=\"{value}\"'"
+        quoted = f"'{key}={_quoted(value)}'"
         return f"cannot read {written!r}: {_first_line(error)}. Text with = , : {{ }} or spaces needs quotes: {quoted}"
     if "Ambiguous value" in text:
         return f"{_first_line(error).replace('++', '')}: several values of a key are several runs, add --multirun"
     return " ".join(line.strip() for line in text.splitlines()[:3])
+
+
+def _quoted(value: str) -> str:
+    """The value as Hydra reads text; of a list, each item."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return f'"{value}"'
+    return "[" + ",".join(f'"{item.strip()}"' for item in value[1:-1].split(",")) + "]"
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ A linear head in fp32 reads the hidden state of the reward token that ends each 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,6 +25,9 @@ from nemo_align.stages.rows import cache_directory, num_examples, row_source, to
 from nemo_align.training.run import run_training
 from nemo_align.training.session import open_session
 from nemo_align.training.task import Task
+
+
+logger = logging.getLogger("nemo_align")
 
 
 class RegressionObjective:
@@ -61,6 +65,7 @@ def run(config: RewardStageConfig, topology: Topology, stop: StopRequest) -> Non
     train, validation = tokenize_all(session, tokenize)
     training_mean = mean_labels(train.targets["labels"])
     if config.reward.head_bias and config.reward.head_bias_from_labels and not config.reward.load_head:
+        logger.info("the reward head's bias starts at the mean labels %s", training_mean.round(3).tolist())
         for chunk in session.model_chunks:
             if chunk.post_process:
                 chunk.reward_head.start_at(torch.from_numpy(training_mean))

@@ -95,7 +95,7 @@ def test_a_chain_is_submitted_with_its_dependencies_and_not_twice(tmp_path, monk
     texts += ["stages.base.verb=sft", "stages.base.overrides=['model=tiny']"]
     for name, source in ("left", "base"), ("right", "base"), ("end", "left"):
         texts += [f"stages.{name}.verb=sft", f"stages.{name}.init_from={source}"]
-    # An sbatch that only numbers its jobs: what SLURM makes of them is tested on a real cluster.
+    # An sbatch that only numbers its jobs: what SLURM makes of them needs a real cluster.
     _commands(tmp_path, monkeypatch, f'echo "$*" >> {tmp_path}/calls; wc -l < {tmp_path}/calls', squeue="echo PENDING")
 
     assert run.main(compose("pipeline", texts), texts) == 0
