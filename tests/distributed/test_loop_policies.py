@@ -1,0 +1,247 @@
+"""What the training loop promises besides the numbers of a plain run: when it validates, how batches grow, what clipping
+does, what happens at a loss that is not finite, what is carried over and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.checkpoint_runs import assert_equal
+from tests.distributed.pool import RemoteError, with_topology
+from tests.distributed.stage_runs import numbers, run_in_worker, run_stage
+from tests.stage_inputs import VOCABULARY, StageInputs, stage_overrides
+
+
+def overrides_of(inputs: StageInputs, verb: str, policy: Path | None, *extra: str) -> list[str]:
+    start = [f"checkpoint.init_from={policy}"] if policy else []
+    return [*stage_overrides(inputs, verb), *start, *extra]
+
+
+def weights_of(path: Path, *, optimizer: bool = False) -> dict:
+    """All tensors of a checkpoint's model (and optimizer, from a final save) without vocabulary padding."""
+    from nemo_align.checkpoint.storage import TensorReader
+
+    reader = TensorReader(path)
+    names = [name for name in reader.names() if optimizer or not name.startswith("optimizer.")]
+    rows = ("word_embeddings.weight", "output_layer.weight")
+    return {name: reader.read(name)[: VOCABULARY if name.endswith(rows) else None] for name in names}
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:07d}"
+
+
+@pytest.mark.parametrize(
+    "extra, expected",
+    [
+        (["train.max_steps=5"], [0, 2, 4, 5]),
+        (["train.max_steps=4"], [0, 2, 4]),  # due at the last step, which validates anyway: once
+        (["train.max_steps=3", "train.validate_at_start=false"], [2, 3]),
+    ],
+)
+def test_held_out_metrics_come_at_the_right_steps(extra, expected, pool1, stage_inputs, policy, tmp_path):
+    overrides = overrides_of(stage_inputs, "sft", policy, "train.validate_every=2", *extra)
+    records = run_stage(pool1, "sft", tmp_path, overrides)
+    assert [record["step"] for record in records if record["kind"] == "validation"] == expected
+    order = [(record["step"], record["kind"]) for record in records]
+    assert order == sorted(order)  # "train" before "validation": a step is measured after its update
+    assert [step for step, kind in order if kind == "train"] == list(range(1, expected[-1] + 1))
+    losses = [record["validation/rows/loss"] for record in records if record["kind"] == "validation"]
+    assert len(set(losses)) == len(losses)  # each of other weights
+
+
+def test_a_batch_ramp_is_the_same_under_data_parallelism(pool1, pool2, stage_inputs, policy, tmp_path):
+    overrides = overrides_of(
+        stage_inputs,
+        "pretrain",
+        policy,
+        "data.phases.first.steps=3",
+        "data.phases.second.steps=2",
+        "train.batch_ramp=[{from_tokens:0,global_batch_size:4},{from_tokens:480,global_batch_size:8}]",
+    )
+    one = run_stage(pool1, "pretrain", tmp_path / "one", overrides)
+    two = run_stage(pool2, "pretrain", tmp_path / "two", overrides, {"data": 2})
+    found = numbers(one, "train")
+    # 480 tokens = 10 samples: passed inside the third batch of 4, so the fourth is the first of 8.
+    assert np.diff([0, *(record["num_tokens"] for record in found)]).tolist() == [4 * 48] * 3 + [8 * 48] * 2
+    for expected, actual in zip(found, numbers(two, "train"), strict=True):
+        assert actual == pytest.approx(expected, rel=2e-4, abs=2e-5)
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=2e-5)
+    state = json.loads((checkpoint(tmp_path / "two", 5) / "manifest.json").read_text())["state"]
+    assert (state["step"], state["consumed_examples"], state["tokens"]) == (5, 28, 28 * 48)
+
+
+def distance(before: dict, after: dict) -> float:
+    return math.sqrt(sum(float((after[name].double() - before[name].double()).square().sum()) for name in before))
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+def test_clipping_bounds_the_update_and_the_log_shows_the_norm_before_it(
+    layout, pool1, pool2, stage_inputs, policy, tmp_path
+):
+    """With eps far above the gradient Adam's first update is lr / eps x gradient, so its length is the gradient's."""
+    sgd = ["optimizer.lr=1e3", "optimizer.eps=1e3", "optimizer.weight_decay=0", "train.max_steps=1"]
+    before = weights_of(checkpoint(policy, 3))
+    lengths, norms = [], []
+    for clip in (0, 0.01):
+        overrides = overrides_of(stage_inputs, "sft", policy, *sgd, f"optimizer.clip_grad={clip}")
+        run_dir = tmp_path / str(clip)
+        [record] = numbers(run_stage(pool2 if layout else pool1, "sft", run_dir, overrides, layout), "train")
+        norms.append(record["grad_norm"])
+        lengths.append(distance(before, weights_of(checkpoint(run_dir, 1))))
+    assert norms[0] == norms[1] > 0.1
+    assert lengths == pytest.approx([norms[0], 0.01], rel=2e-3)
+
+
+POISONED_ROW = 3  # of 30; read in the second batch of ten
+
+
+@pytest.fixture
+def poisoned(stage_inputs, policy, tmp_path) -> list[str]:
+    """Pairs, one of them with a reward gap whose square is beyond fp32."""
+    rows = [json.loads(line) for line in stage_inputs.rows("pairs").read_text().splitlines()[:30]]
+    rows[POISONED_ROW]["rejected_reward"] = -1e29
+    path = tmp_path / "poisoned.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return overrides_of(
+        stage_inputs,
+        "preference",
+        policy,
+        f"data.train.rows.path={path}",
+        "preference.preference_loss=rpo_sq",
+        "checkpoint.save_every=1",
+        "checkpoint.keep_last=9",
+    )
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}, {"data": 2}], ids=str)
+def test_a_loss_that_is_not_finite_is_skipped_if_asked_for(layout, pool1, pool2, poisoned, tmp_path):
+    overrides = [*poisoned, "train.nonfinite=skip"]
+    records = run_stage(pool2 if layout else pool1, "preference", tmp_path / "run", overrides, layout)
+    train = numbers(records, "train")
+    assert ["loss" in record.get("nonfinite", ()) for record in train] == [False, True, False]
+    assert train[1]["loss"] is None and math.isfinite(train[2]["loss"]) and math.isfinite(train[2]["grad_norm"])
+    first, second, third = (checkpoint(tmp_path / "run", step) for step in (1, 2, 3))
+    assert_equal(weights_of(second), weights_of(first))
+    assert distance(weights_of(second), weights_of(third)) > 0
+    state = json.loads((third / "manifest.json").read_text())["state"]
+    assert (state["step"], state["skipped_steps"], state["consumed_examples"]) == (3, 1, 30)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=str)
+def test_a_loss_that_is_not_finite_stops_before_the_update(layout, pool1, pool2, poisoned, tmp_path):
+    with pytest.raises(RemoteError) as caught:
+        run_stage(pool2 if layout else pool1, "preference", tmp_path / "run", poisoned, layout)
+    assert caught.value.type_name == "ValueError"
+    message = str(caught.value)
+    assert "step 2: loss inf" in message and "stopped before the update; the last checkpoint is good" in message
+    assert "train.nonfinite=skip" in message
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000001"]
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"data": 2}], ids=str)
+def test_adams_moments_are_carried_over_if_asked_for(layout, pool1, pool2, stage_inputs, policy, tmp_path):
+    """The first gradient g is the same: moments from zero are (1 - beta) g, carried over they have beta m0 besides."""
+    pool = pool2 if layout else pool1
+    overrides = overrides_of(stage_inputs, "sft", policy, "train.max_steps=1", "optimizer.clip_grad=0")
+    run_stage(pool, "sft", tmp_path / "fresh", overrides, layout)
+    run_stage(pool, "sft", tmp_path / "carried", [*overrides, "checkpoint.load_optimizer=true"], layout)
+    before, fresh, carried = (
+        weights_of(path, optimizer=True)
+        for path in (checkpoint(policy, 3), checkpoint(tmp_path / "fresh", 1), checkpoint(tmp_path / "carried", 1))
+    )
+    for moment, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.95)):
+        names = [name for name in before if f".{moment}." in name]
+        assert len(names) > 20
+        assert any(float(before[name].abs().max()) > 0 for name in names)
+        for name in names:
+            expected = (beta * before[name] + fresh[name]).numpy()
+            largest = float(np.abs(expected).max())
+            np.testing.assert_allclose(carried[name].numpy(), expected, rtol=1e-4, atol=1e-6 * largest, err_msg=name)
+    weights = [name for name in before if not name.startswith("optimizer.")]
+    assert distance({n: fresh[n] for n in weights}, {n: carried[n] for n in weights}) > 1e-4
+
+
+def test_an_export_at_the_end_has_a_card_with_the_results(pool1, stage_inputs, policy, tmp_path):
+    run_stage(pool1, "sft", tmp_path, overrides_of(stage_inputs, "sft", policy, "checkpoint.export_hf=true"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["hf"] == "hf"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for when in ("first", "last"):
+        assert f"| validation/rows/loss ({when}) | {result[when]['validation/rows/loss']} |" in card
+    assert f"| tokens | {result['tokens']} |" in card and "supervised fine-tuning, step 3" in card
+    assert "optimizer:\n  lr: 0.001" in card  # the run's configuration
+    assert (tmp_path / "hf" / "chat_template.jinja").is_file() and (tmp_path / "hf" / "config.json").is_file()
+
+
+def run_deterministically(topology, verb: str, config_path: str) -> None:
+    """In a worker: torch then raises an error at an operation without a deterministic form."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_in_worker(topology, verb, config_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("verb", ["reward", "preference"])
+def test_every_operation_has_a_deterministic_form(verb, pool2, stage_inputs, policy, tmp_path):
+    from nemo_align.config.compose import compose, to_yaml
+    from nemo_align.training.metrics import read_metrics
+
+    layout = {"tensor": 2, "sequence": True}
+    settings = ["precision=fp32", "parallel=tp2_sp", "runtime.deterministic=true", "train.max_steps=2"]
+    runs = []
+    for name in ("first", "second"):
+        run_dir = tmp_path / name
+        config = compose(verb, [*overrides_of(stage_inputs, verb, policy), *settings, f"run_dir={run_dir}"])
+        run_dir.mkdir()
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        pool2.run(with_topology, run_deterministically, layout, verb, str(run_dir / "config.yaml"))
+        runs.append(read_metrics(run_dir))
+    assert numbers(runs[0], "train") == numbers(runs[1], "train")
+    assert_equal(*(weights_of(checkpoint(tmp_path / name, 2), optimizer=True) for name in ("first", "second")))
+
+
+def test_the_setting_reaches_torch(tmp_path):
+    """In a process of its own: the pool's workers have joined their group, which is when it is set."""
+    code = (
+        "import torch; from nemo_align.runtime import device, topology; device.install();"
+        "from nemo_align.config.runtime import ParallelConfig, RuntimeConfig;"
+        "from nemo_align.runtime.launch_environment import LaunchEnvironment;"
+        "runtime = RuntimeConfig(deterministic=True, threads=1);"
+        f"alone = LaunchEnvironment(0, 1, 0, 1, 'file://{tmp_path}/store', 'local');"
+        "topology.initialize(ParallelConfig(), runtime, alone);"
+        "print(torch.are_deterministic_algorithms_enabled()); topology.destroy()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split()[-1:] == ["True"], done.stderr
+
+
+def test_a_new_reward_head_starts_at_the_mean_label(pool1, stage_inputs, policy, tmp_path):
+    extra = ["reward.head_init_std=0.001", "train.max_steps=1"]
+    overrides = overrides_of(stage_inputs, "reward", policy, *extra)
+    first = numbers(run_stage(pool1, "reward", tmp_path / "mean", overrides), "validation")[0]
+    train, held_out = (
+        [json.loads(line) for line in stage_inputs.rows(name).read_text().splitlines()]
+        for name in ("rated", "rated_held_out")
+    )
+    overrides = [*overrides, "reward.head_bias_from_labels=false"]
+    from_zero = numbers(run_stage(pool1, "reward", tmp_path / "zero", overrides), "validation")[0]
+    for attribute in ("clarity", "safety"):
+        mean = np.mean([row[attribute] for row in train if row[attribute] is not None])
+        labels = np.array([row[attribute] for row in held_out if row[attribute] is not None])
+        key = f"validation/rows/mae/{attribute}"
+        assert first[key] == pytest.approx(np.abs(labels - mean).mean(), rel=0.02)
+        assert first[f"validation/rows/mae_of_mean/{attribute}"] == pytest.approx(
+            np.abs(labels - mean).mean(), rel=1e-5
+        )
+        assert from_zero[key] == pytest.approx(np.abs(labels).mean(), rel=0.02)
