@@ -1,5 +1,5 @@
-"""What the training loop promises besides the numbers of a plain run: when it validates, how batches grow, what clipping
-does, what happens at a loss that is not finite, what is carried over and what is written at the end."""
+"""What the training loop promises besides the numbers of a plain run: when it validates, how batches grow, what
+clipping does, what happens at a loss that is not finite, what is carried over and what is written at the end."""
 
 from __future__ import annotations
 
