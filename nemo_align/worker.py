@@ -14,6 +14,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,10 @@ def main(verb: str, config_path: str | Path) -> int:
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2 <pid> shows where a silent worker is
     environment = launch_environment.detect() or launch_environment.single_process()
     try:
-        code = _run(verb, Path(config_path), environment, stop)
+        code, afterwards = _run(verb, Path(config_path), environment, stop)
         _leave()
+        if afterwards is not None:
+            afterwards()
     except ValueError as error:
         if not _is_ours(error):
             logging.getLogger(logs.LOGGER_NAME).exception("rank %d failed", environment.rank)
@@ -63,7 +66,10 @@ def main(verb: str, config_path: str | Path) -> int:
     return code
 
 
-def _run(verb: str, config_path: Path, environment: LaunchEnvironment, stop: StopRequest) -> int:
+def _run(
+    verb: str, config_path: Path, environment: LaunchEnvironment, stop: StopRequest
+) -> tuple[int, Callable[[], None] | None]:
+    """The exit code, and what this rank has to do alone once it has left the process groups."""
     from nemo_align.config.compose import load_resolved
 
     config = load_resolved(verb, config_path)
@@ -75,12 +81,12 @@ def _run(verb: str, config_path: Path, environment: LaunchEnvironment, stop: Sto
     grid = topology.initialize(config.parallel, config.runtime, environment)
     stage = importlib.import_module(f"nemo_align.stages.{verb}")
     try:
-        stage.run(config, grid, stop)
+        afterwards = stage.run(config, grid, stop)
     except SystemExit as left:
         if left.code != exit_codes.STOPPED_AFTER_SAVING:
             raise
-        return exit_codes.STOPPED_AFTER_SAVING
-    return exit_codes.SUCCESS
+        return exit_codes.STOPPED_AFTER_SAVING, None
+    return exit_codes.SUCCESS, afterwards
 
 
 def _leave() -> None:

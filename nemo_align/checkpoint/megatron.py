@@ -171,12 +171,14 @@ def load_training(
     settings = sharded_state.hyper_parameters(optimizer)
     content["optimizer"] = sharded_state.optimizer_state(optimizer, content, sharding, is_loading=True)
     metadata = read_metadata(reference.path)
-    for part, name in ((content, "model"), ({"optimizer": content["optimizer"]}, "optimizer")):
-        part = {key: value for key, value in part.items() if (key == "optimizer") == (name == "optimizer")}
+    model = {key: value for key, value in content.items() if key != "optimizer"}
+    for part, name in ((model, "model"), ({"optimizer": content["optimizer"]}, "optimizer")):
         requested = sharded_state.everyones(sharded_state.requested_shapes(part))
         if problems := sharded_state.compare(requested, metadata, of=name):
             raise ValueError(f"{reference.path} does not fit the {name}. " + "; ".join(problems))
     resuming = scheduler is not None
+    if resuming and any(sharded_state.EXTRA_STATE in key for key in metadata.state_dict_metadata):
+        logger.warning("FP8 scaling histories start anew: the first steps differ in rounding from an undisturbed run")
     if resuming and same_layout:
         content[sharded_state.RNG_KEY] = sharded_state.rng_object(None, topology)
     loaded = load_sharded(content, reference.path)

@@ -153,7 +153,8 @@ def resolve(path: Path | str) -> CheckpointReference:
         return CheckpointReference("megatron", path, manifest)
     run_dir = path.parent if path.name == CHECKPOINTS else path
     if (run_dir / CHECKPOINTS).is_dir():
-        newest = newest_complete(run_dir)
+        # Whoever loads it compares the checksums, with the reading shared over the ranks.
+        newest = newest_complete(run_dir, checksums=False)
         if newest is None:
             raise ValueError(f"{run_dir} has no complete checkpoint: let the run write one, or name another")
         return CheckpointReference("megatron", newest, read_manifest(newest))

@@ -168,7 +168,7 @@ def preference(
         "logps/chosen": chosen.detach(),
         "logps/rejected": rejected.detach(),
     }
-    count = torch.tensor(losses.shape[0], device=losses.device)
+    count = losses.new_full((), losses.shape[0])  # made on the device: a copy from the host would wait for it
     sums = {name: (value.sum(), count) for name, value in values.items()}
     sums["kl/ref"] = kl
     return ObjectiveOutput(

@@ -102,6 +102,8 @@ def _worker_variables(env: Mapping[str, str] | None, rank: int, world_size: int,
     threads = str(max(1, len(os.sched_getaffinity(0)) // world_size))
     for name in _THREAD_VARIABLES:
         variables.setdefault(name, threads)
+    # Megatron-core overlaps tensor-parallel communication only if kernels are queued in the order of their launch.
+    variables.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     place = (rank, world_size, rank, world_size, init_method)
     return variables | {name: str(value) for name, value in zip(LOCAL_VARIABLES, place, strict=True)}
 

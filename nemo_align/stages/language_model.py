@@ -6,9 +6,9 @@ from torch import Tensor
 
 from nemo_align.data.batch import Batch
 from nemo_align.objectives.language_model import METRIC_NAMES, language_model
-from nemo_align.objectives.log_probs import log_probs_and_hits
 from nemo_align.objectives.output import ObjectiveOutput
 from nemo_align.runtime.topology import Topology
+from nemo_align.stages.token_log_probs import token_log_probs
 
 
 class LanguageModelObjective:
@@ -21,12 +21,5 @@ class LanguageModelObjective:
         self.topology = topology
 
     def __call__(self, output: Tensor, batch: Batch) -> ObjectiveOutput:
-        log_probs, hits = log_probs_and_hits(
-            output,
-            batch.labels,
-            group=self.topology.tensor_group,
-            vocab_size=self.vocab_size,
-            mask=batch.loss_mask,
-            num_masked_in=batch.loss_tokens,
-        )
+        log_probs, hits = token_log_probs(output, batch, self.topology, self.vocab_size)
         return language_model(log_probs, batch.loss_mask, hits)

@@ -6,18 +6,20 @@ the first step, and cached; training then holds one model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from nemo_align.config.stages import PreferenceStageConfig
 from nemo_align.data.batch import Batch
 from nemo_align.data.preference import tokenize_preference
-from nemo_align.objectives.log_probs import vocab_parallel_log_probs
 from nemo_align.objectives.output import ObjectiveOutput
 from nemo_align.objectives.preference import METRIC_NAMES, NEEDS_REWARDS, preference, response_log_probs
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.stages.reference import reference_log_probs
 from nemo_align.stages.rows import cache_directory, num_examples, row_source, tokenize_all
+from nemo_align.stages.token_log_probs import token_log_probs
 from nemo_align.training.run import run_training
 from nemo_align.training.session import open_session
 from nemo_align.training.task import Task
@@ -34,14 +36,7 @@ class PreferenceObjective:
         self.topology = topology
 
     def __call__(self, output: Tensor, batch: Batch) -> ObjectiveOutput:
-        log_probs = vocab_parallel_log_probs(
-            output,
-            batch.labels,
-            group=self.topology.tensor_group,
-            vocab_size=self.vocab_size,
-            mask=batch.loss_mask,
-            num_masked_in=batch.loss_tokens,
-        )
+        log_probs, _ = token_log_probs(output, batch, self.topology, self.vocab_size)
         targets = batch.targets
         gap = None
         if self.config.preference_loss in NEEDS_REWARDS:
@@ -55,7 +50,7 @@ class PreferenceObjective:
         )
 
 
-def run(config: PreferenceStageConfig, topology: Topology, stop: StopRequest) -> None:
+def run(config: PreferenceStageConfig, topology: Topology, stop: StopRequest) -> Callable[[], None] | None:
     """Optimize preferences against the initial weights."""
     session = open_session(config, topology, stop)
 
@@ -85,4 +80,4 @@ def run(config: PreferenceStageConfig, topology: Topology, stop: StopRequest) ->
         },
         forward_only={"reference": reference.totals},
     )
-    run_training(session, task, num_examples(config, len(train)))
+    return run_training(session, task, num_examples(config, len(train)))

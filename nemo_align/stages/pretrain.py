@@ -6,6 +6,8 @@ a re-weighted blend, then one with question-answer text and weak areas, under a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nemo_align.config.stages import PretrainStageConfig
 from nemo_align.data.pretraining import HeldOutSource, PretrainingPhase, PretrainingSource
 from nemo_align.runtime.signals import StopRequest
@@ -19,7 +21,7 @@ from nemo_align.training.step_layout import step_layout
 from nemo_align.training.task import Task
 
 
-def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> None:
+def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> Callable[[], None] | None:
     """Pretrain, or continue pretraining."""
     session = open_session(config, topology, stop)
     batches = BatchSchedule(config.train, tokens_per_example=config.data.sequence_length)
@@ -32,6 +34,11 @@ def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> N
         packing=False,
         micro_batch_size=config.train.micro_batch_size,
     )
+    if layout.capacity != config.data.sequence_length:
+        raise ValueError(
+            f"data.sequence_length={config.data.sequence_length} is not a multiple of {layout.pad_to}, which "
+            f"parallel.sequence and precision.fp8 ask for: use {layout.capacity}"
+        )
     train = PretrainingSource(
         phases_with_samples(config, batches),
         tokenizer=session.tokenizer,
@@ -51,7 +58,7 @@ def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> N
         train=train,
         validation=validation,
     )
-    run_training(session, task, train.num_examples, batches=batches)
+    return run_training(session, task, train.num_examples, batches=batches)
 
 
 def phases_with_samples(config: PretrainStageConfig, batches: BatchSchedule) -> list[PretrainingPhase]:

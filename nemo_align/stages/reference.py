@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from nemo_align.data.batch import Batch
+from nemo_align.data.source import Step
 from nemo_align.data.tokenized_rows import TokenizedRows
-from nemo_align.objectives.log_probs import vocab_parallel_log_probs
 from nemo_align.objectives.output import ObjectiveOutput
 from nemo_align.objectives.preference import reference_output, response_log_probs
 from nemo_align.runtime.device import accelerator_name
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
 from nemo_align.runtime.topology import Topology
 from nemo_align.stages.rows import cache_directory, row_source
-from nemo_align.training.forward import forward_steps
+from nemo_align.stages.token_log_probs import token_log_probs
+from nemo_align.training.forward import forward_mode, forward_steps
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.progress import Progress
 from nemo_align.training.reference_cache import ReferenceCache
@@ -49,14 +51,7 @@ class ResponseLogProbs:
         self.topology = topology
 
     def __call__(self, output: Tensor, batch: Batch) -> ObjectiveOutput:
-        log_probs = vocab_parallel_log_probs(
-            output,
-            batch.labels,
-            group=self.topology.tensor_group,
-            vocab_size=self.vocab_size,
-            mask=batch.loss_mask,
-            num_masked_in=batch.loss_tokens,
-        )
+        log_probs, _ = token_log_probs(output, batch, self.topology, self.vocab_size)
         return reference_output(
             response_log_probs(log_probs, batch.loss_mask, batch.segment_of_token, batch.num_examples)
         )
@@ -107,17 +102,19 @@ def _compute_missing(
         for step in source.evaluation(config.train.global_batch_size)
         if any(rows.example_fingerprint(index) not in cache for index in _indices(step))
     ]
+    num_missing = len(missing)
     outcomes = forward_steps(
         session.model_chunks,
-        iter(missing),
+        _drained(missing),
         ResponseLogProbs(config.model.vocab_size, topology),
         topology,
         session.stop,
         totals,
         collect_examples=True,
     )
-    log_every = max(1, len(missing) // PROGRESS_LINES)
-    with Progress(f"reference {name}", len(missing), log_every=log_every, enabled=topology.is_main) as progress:
+    log_every = max(1, num_missing // PROGRESS_LINES)
+    progress = Progress(f"reference {name}", num_missing, log_every=log_every, enabled=topology.is_main)
+    with progress, forward_mode(session.model_chunks):
         for number, outcome in enumerate(outcomes, start=1):
             indices = outcome.examples["index"].astype(np.int64)
             fingerprints = [rows.example_fingerprint(index) for index in indices]
@@ -125,5 +122,12 @@ def _compute_missing(
             progress.update(number)
 
 
-def _indices(step) -> list[int]:
+def _drained(steps: list[Step]) -> Iterator[Step]:
+    """Each step once, let go when the next is asked for: a step keeps its tensors."""
+    steps.reverse()
+    while steps:
+        yield steps.pop()
+
+
+def _indices(step: Step) -> list[int]:
     return [index for rank in step.plan.micro_batches for examples in rank for index in examples]

@@ -6,7 +6,7 @@ A linear head in fp32 reads the hidden state of the reward token that ends each 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from nemo_align.stages.rows import cache_directory, num_examples, row_source, to
 from nemo_align.training.run import run_training
 from nemo_align.training.session import open_session
 from nemo_align.training.task import Task
-
 
 logger = logging.getLogger("nemo_align")
 
@@ -48,7 +47,7 @@ def mean_labels(labels: np.ndarray) -> np.ndarray:
     return (total / np.maximum(given.sum(axis=0), 1)).astype(np.float32)
 
 
-def run(config: RewardStageConfig, topology: Topology, stop: StopRequest) -> None:
+def run(config: RewardStageConfig, topology: Topology, stop: StopRequest) -> Callable[[], None] | None:
     """Train a multi-attribute reward model."""
     session = open_session(config, topology, stop, reward=config.reward, load_head=config.reward.load_head)
 
@@ -84,4 +83,4 @@ def run(config: RewardStageConfig, topology: Topology, stop: StopRequest) -> Non
         reward=config.reward,
         computes_logits=False,
     )
-    run_training(session, task, num_examples(config, len(train)))
+    return run_training(session, task, num_examples(config, len(train)))

@@ -10,7 +10,8 @@ import logging
 import numpy as np
 from torch import Tensor
 
-from nemo_align.checkpoint.store import resolve
+from nemo_align.checkpoint.agreement import on_main
+from nemo_align.checkpoint.store import CheckpointReference
 from nemo_align.config.data import RowsConfig
 from nemo_align.config.hf_model import hf_reward_config
 from nemo_align.config.objectives import RewardConfig
@@ -25,13 +26,13 @@ from nemo_align.runtime.rank_order import rank_zero_first
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.stages.rows import cache_directory, packed_source
-from nemo_align.training.forward import forward_steps
+from nemo_align.training.forward import forward_mode, forward_steps
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.metrics import MetricsWriter
 from nemo_align.training.peak import peak_tflops
 from nemo_align.training.progress import Progress
 from nemo_align.training.result import StageResult, read_result, write_result
-from nemo_align.training.session import Session, open_session
+from nemo_align.training.session import Session, open_session, resolve_initial
 from nemo_align.training.throughput import Throughput
 
 logger = logging.getLogger("nemo_align")
@@ -53,10 +54,10 @@ class ReadScores:
 
 def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None:
     """Score every row of `inputs` and write `<run_dir>/<name>.jsonl` for each."""
-    if read_result(config.run_dir) is not None:
+    if on_main(topology, lambda: read_result(config.run_dir) is not None):
         logger.info("%s is complete already", config.experiment)
         return
-    reward = reward_of(config.checkpoint.init_from)
+    reward = reward_of(resolve_initial(config, topology))
     weights = config.weights or reward.weights
     if weights is None or set(weights) != set(reward.attributes):
         raise ValueError(
@@ -96,9 +97,8 @@ def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None
     _write_result(session, totals, outputs, num_examples)
 
 
-def reward_of(init_from: str) -> RewardConfig:
-    """Attributes, weights and head of the reward model in `init_from`. Raises ValueError if it is none."""
-    reference = resolve(init_from)
+def reward_of(reference: CheckpointReference) -> RewardConfig:
+    """Attributes, weights and head of a reward model. Raises ValueError if it is none."""
     if reference.kind == "hf":
         reward = hf_reward_config(reference.path)
     else:
@@ -106,7 +106,7 @@ def reward_of(init_from: str) -> RewardConfig:
         reward = RewardConfig(**described) if described else None
     if reward is None:
         raise ValueError(
-            f"checkpoint.init_from={init_from} is no reward model of nemo-align reward: score needs one with its head"
+            f"checkpoint.init_from={reference.path} is no reward model: score needs one that nemo-align reward made"
         )
     return reward
 
@@ -119,7 +119,8 @@ def _score(session: Session, name: str, rows: TokenizedRows, totals: ForwardTota
     )
     steps = -(-len(rows) // EXAMPLES_PER_STEP)
     parts = []
-    with Progress(f"score {name}", steps, enabled=session.topology.is_main) as progress:
+    progress = Progress(f"score {name}", steps, enabled=session.topology.is_main)
+    with progress, forward_mode(session.model_chunks):
         outcomes = forward_steps(
             session.model_chunks,
             source.evaluation(EXAMPLES_PER_STEP),

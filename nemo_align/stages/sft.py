@@ -5,6 +5,8 @@ Code SFT and General SFT are two runs of this verb, the second starting from the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nemo_align.config.stages import SftStageConfig
 from nemo_align.data.sft import tokenize_sft
 from nemo_align.runtime.signals import StopRequest
@@ -16,7 +18,7 @@ from nemo_align.training.session import open_session
 from nemo_align.training.task import Task
 
 
-def run(config: SftStageConfig, topology: Topology, stop: StopRequest) -> None:
+def run(config: SftStageConfig, topology: Topology, stop: StopRequest) -> Callable[[], None] | None:
     """Fine-tune on dialogues."""
     session = open_session(config, topology, stop)
 
@@ -33,4 +35,4 @@ def run(config: SftStageConfig, topology: Topology, stop: StopRequest) -> None:
         train=row_source(session, train, kind="dialogues"),
         validation={name: row_source(session, rows, kind="dialogues") for name, rows in validation.items()},
     )
-    run_training(session, task, num_examples(config, len(train)))
+    return run_training(session, task, num_examples(config, len(train)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from nemo_align.runtime.topology import Topology
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.schedule_step import Objective, StepOutcome, run_step
 from nemo_align.training.task import SetMetrics
-
-logger = logging.getLogger("nemo_align")
 
 
 @contextmanager
@@ -54,15 +51,14 @@ def forward_steps(
     *,
     collect_examples: bool,
 ) -> Iterator[StepOutcome]:
-    """Outcome of each step in turn. Raises `Stopped` on every rank once any of them was asked to stop."""
+    """Outcome of each step in turn, for use inside `forward_mode`. All ranks raise `Stopped` once one is asked to stop."""
     for step in steps:
         if stop.agreed(topology):
             raise Stopped
         begin = time.perf_counter()
-        with forward_mode(model_chunks):
-            outcome = run_step(
-                model_chunks, step, objective, topology, forward_only=True, collect_examples=collect_examples
-            )
+        outcome = run_step(
+            model_chunks, step, objective, topology, forward_only=True, collect_examples=collect_examples
+        )
         totals.add(step.plan, time.perf_counter() - begin)
         yield outcome
 
@@ -85,7 +81,7 @@ def validate(
     metrics: dict[str, float] = {}
     for name, source in validation.items():
         sums = _SetSums()
-        for outcome in forward_steps(
+        outcomes = forward_steps(
             model_chunks,
             source.evaluation(batch_size),
             objective,
@@ -93,8 +89,10 @@ def validate(
             stop,
             totals,
             collect_examples=set_metrics is not None,
-        ):
-            sums.add(outcome)
+        )
+        with forward_mode(model_chunks):
+            for outcome in outcomes:
+                sums.add(outcome)
         values = sums.means()
         if set_metrics is not None:
             values |= set_metrics(sums.examples(), source)

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 
+from nemo_align.checkpoint.agreement import on_main
 from nemo_align.checkpoint.megatron import load_training, newest_resumable, save
 from nemo_align.checkpoint.store import apply_retention
 from nemo_align.config.stages import TrainStageConfig
@@ -48,7 +49,7 @@ class Trainer:
         self.optimizer, self.scheduler = build_optimizer(
             self.model_chunks, config.optimizer, config.parallel, config.precision, self._schedule_length()
         )
-        self.state = TrainState(data_fingerprint=task.train.fingerprint)
+        self.state = TrainState(data_fingerprint=task.train.fingerprint, initial_identity=session.initial_identity)
         self.validation_totals = ForwardTotals()
         self._counted_until = session.opened
 
@@ -58,22 +59,28 @@ class Trainer:
         Exits the process, after saving, when asked to stop.
         """
         resumed = self._resume()
-        if self.state.step == self.num_steps and read_result(self.session.run_dir) is not None:
+        written = on_main(self.topology, lambda: read_result(self.session.run_dir) is not None)
+        if self.state.step == self.num_steps and written:
             return None
         self.telemetry = Telemetry(self.session, self.task, self.num_steps, self.state)
+        validate_every = self.config.train.validate_every
         try:
             if not resumed:
                 self._load_initial_optimizer()
-            # Also after a resume: a stop may have come during the first validation.
+            # Also after a resume: a stop may have come in place of a validation, or during it.
             if self.state.step == 0 and self.config.train.validate_at_start:
-                self.state.first_validation = self._validate()
+                # What is not finite cannot go into the manifest; metrics.jsonl names it.
+                first = self._validate()
+                self.state.first_validation = {name: value for name, value in first.items() if math.isfinite(value)}
+            elif self.state.validated_step < self.state.step < self.num_steps and self._due(validate_every):
+                self._validate()
             while self.state.step < self.num_steps:
                 self._step()
                 if self.session.stop.agreed(self.topology):
                     raise Stopped
                 if self.state.step == self.num_steps:
                     break
-                if self._due(self.config.train.validate_every):
+                if self._due(validate_every):
                     self._validate()
                 if self._due(self.config.checkpoint.save_every):
                     self._save()
@@ -83,6 +90,9 @@ class Trainer:
             logger.info("stopped by a signal at step %d of %d: saved", self.state.step, self.num_steps)
             self.telemetry.close()
             raise SystemExit(STOPPED_AFTER_SAVING) from None
+        except BaseException:
+            self.telemetry.close()
+            raise
         self._save(final=True)
         return last_validation
 
@@ -100,7 +110,8 @@ class Trainer:
         grad_norm = float(self.optimizer.get_grad_norm())
         # The schedule counts examples, so its position after this batch gives the rate of this batch's update.
         self.scheduler.step(size)
-        if self._is_finite(outcome, grad_norm):
+        failure = self._failure(outcome, grad_norm)
+        if failure is None:
             self.optimizer.step()
         self.state.step += 1
         self.state.consumed_examples += size
@@ -110,21 +121,24 @@ class Trainer:
         self.telemetry.train_step(
             step.plan, {**outcome.metrics, "grad_norm": grad_norm, "lr": learning_rate(self.optimizer)}, seconds
         )
+        if failure is not None:
+            self._leave_out(failure)
 
-    def _is_finite(self, outcome: StepOutcome, grad_norm: float) -> bool:
-        """Whether the update may be applied; the same answer on every rank, as loss and norm are reduced over all."""
+    def _failure(self, outcome: StepOutcome, grad_norm: float) -> str | None:
+        """What is not finite; None if the update may be applied. The same on every rank: both are reduced over all."""
         loss = outcome.metrics.get("loss", 0.0)
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            return True
-        where = f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}"
+            return None
+        return f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}"
+
+    def _leave_out(self, failure: str) -> None:
         if self.config.train.nonfinite == "error":
             raise ValueError(
-                f"{where}: stopped before the update; the last checkpoint is good. Lower optimizer.lr, look at the "
+                f"{failure}: stopped before the update; the last checkpoint is good. Lower optimizer.lr, look at the "
                 "rows of this step, or set train.nonfinite=skip to leave such steps out"
             )
         self.state.skipped_steps += 1
-        logger.warning("%s: update skipped (%d so far)", where, self.state.skipped_steps)
-        return False
+        logger.warning("%s: update skipped (%d so far)", failure, self.state.skipped_steps)
 
     def _validate(self) -> dict[str, float]:
         if not self.task.validation:
@@ -140,6 +154,7 @@ class Trainer:
             batch_size=self.config.train.global_batch_size,
             set_metrics=self.task.set_metrics,
         )
+        self.state.validated_step = self.state.step
         self.telemetry.validation(self.state.step, metrics)
         self.telemetry.progress.resume()
         return metrics
@@ -148,6 +163,10 @@ class Trainer:
         return every is not None and self.state.step % every == 0
 
     def _save(self, *, final: bool = False) -> None:
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.model_chunks:  # else the last update would be gathered by the next forward pass only
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
         now = time.monotonic()
         self.state.seconds += now - self._counted_until
         self._counted_until = now
@@ -190,6 +209,11 @@ class Trainer:
                 "the ones it skips. Restore the data and data.* settings, or start in another run_dir with "
                 f"checkpoint.init_from={newest}"
             )
+        if self.state.initial_identity != self.session.initial_identity:
+            raise ValueError(
+                f"checkpoint.init_from={self.config.checkpoint.init_from} is no longer what the run in "
+                f"{self.session.run_dir} started from: name the checkpoint it was, or start in another run_dir"
+            )
         logger.info("resumed %s at step %d of %d", newest, self.state.step, self.num_steps)
         return True
 
@@ -203,11 +227,21 @@ class Trainer:
 
     def _schedule_length(self) -> ScheduleLength:
         optimizer = self.config.optimizer
-        warmup = min(self.batches.examples_after(optimizer.warmup_steps), self.num_examples)
+        steps = self.batches.steps_for(self.num_examples)
+        if optimizer.warmup_steps >= steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={optimizer.warmup_steps}, but the stage has {steps} steps: lower it"
+            )
+        warmup = self.batches.examples_after(optimizer.warmup_steps)
         if optimizer.schedule == "wsd":
-            decay_steps = optimizer.decay_steps if optimizer.decay_steps is not None else max(1, self.num_steps // 10)
+            assert optimizer.decay_steps is not None, "validated"
+            if optimizer.warmup_steps + optimizer.decay_steps > steps:
+                raise ValueError(
+                    f"optimizer.warmup_steps={optimizer.warmup_steps} and decay_steps={optimizer.decay_steps} do not "
+                    f"fit the stage's {steps} steps: lower one"
+                )
             # The decay ends with the stage; its length is that of the stage's last batches.
-            begin = self.batches.examples_after(self.batches.steps_for(self.num_examples) - decay_steps)
+            begin = self.batches.examples_after(steps - optimizer.decay_steps)
             return ScheduleLength(warmup=warmup, decay=self.num_examples, wsd_decay=self.num_examples - begin)
         if optimizer.decay_steps is not None:
             return ScheduleLength(warmup=warmup, decay=self.batches.examples_after(optimizer.decay_steps))

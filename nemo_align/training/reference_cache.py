@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from nemo_align.runtime.topology import Topology
+from nemo_align.training.metrics import write_atomically
 
 logger = logging.getLogger("nemo_align")
 
@@ -48,7 +50,7 @@ class ReferenceCache:
         """Read what earlier runs computed; returns the number of examples known. A damaged part is left out."""
         self._values.clear()
         parts = sorted(self.directory.glob("part_*.npz"))
-        self._num_parts = 1 + max((int(part.stem.removeprefix("part_")) for part in parts), default=-1)
+        self._num_parts = 1 + max((int(part.stem.split("_")[1]) for part in parts), default=-1)
         for part in parts:
             try:
                 with np.load(part, allow_pickle=False) as arrays:
@@ -85,8 +87,9 @@ class ReferenceCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         about = self.directory / "about.json"
         if not about.exists():
-            about.write_text(json.dumps({"identity": self._identity, "layout": self._layout}, indent=2) + "\n")
-        part = self.directory / f"part_{self._num_parts:06d}.npz"
+            write_atomically(about, json.dumps({"identity": self._identity, "layout": self._layout}, indent=2) + "\n")
+        # Runs that share the cache folder write parts of their own.
+        part = self.directory / f"part_{self._num_parts:06d}_{secrets.token_hex(4)}.npz"
         pending = part.with_suffix(".pending")
         with pending.open("wb") as file:
             keys = np.frombuffer(b"".join(fingerprints), dtype=np.uint8).reshape(len(fingerprints), -1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from nemo_align.checkpoint.store import checkpoint_path
 from nemo_align.training.batch_schedule import BatchSchedule
@@ -17,8 +20,13 @@ logger = logging.getLogger("nemo_align")
 HF_FOLDER = "hf"
 
 
-def run_training(session: Session, task: Task, num_examples: int, *, batches: BatchSchedule | None = None) -> None:
-    """Train on `num_examples` examples, save, export if asked for, and write result.json.
+def run_training(
+    session: Session, task: Task, num_examples: int, *, batches: BatchSchedule | None = None
+) -> Callable[[], None] | None:
+    """Train on `num_examples` examples, save and write result.json.
+
+    Returns what rank 0 has to do once it has left the process groups (the export, if asked for): the others would wait
+    for it in a collective with a timeout, and an export of a large model takes longer.
 
     `batches`: the batch schedule when it has a ramp; by default every batch has `train.global_batch_size` examples.
     """
@@ -39,17 +47,19 @@ def run_training(session: Session, task: Task, num_examples: int, *, batches: Ba
     else:
         trainer.telemetry.finish(validation, trainer.validation_totals)
     if config.checkpoint.export_hf and session.topology.is_main:
-        _export(session, trainer.state.step)
+        return partial(_export, session.run_dir, trainer.state.step)
+    return None
 
 
-def _export(session: Session, step: int) -> None:
+def _export(run_dir: Path, step: int) -> None:
     """Write <run_dir>/hf unless it is there. After result.json, whose metrics the model card shows."""
-    result = read_result(session.run_dir)
+    result = read_result(run_dir)
     assert result is not None, "written when the training ended"
     if result.hf is not None:
         return
     from nemo_align.checkpoint.huggingface import export_hf  # transformers costs seconds to import
 
     # An earlier process may have died between the export and the next line.
-    export_hf(checkpoint_path(session.run_dir, step), session.run_dir / HF_FOLDER, overwrite=True)
-    write_result(session.run_dir, replace(result, hf=HF_FOLDER))
+    # Its files were hashed when it was saved.
+    export_hf(checkpoint_path(run_dir, step), run_dir / HF_FOLDER, overwrite=True, verify=False)
+    write_result(run_dir, replace(result, hf=HF_FOLDER))

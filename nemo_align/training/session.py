@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_align.checkpoint.agreement import on_main
 from nemo_align.checkpoint.megatron import load_weights
 from nemo_align.checkpoint.store import CheckpointReference, manifest_hash, resolve
 from nemo_align.config.objectives import RewardConfig
@@ -47,6 +48,14 @@ class Session:
         return manifest_hash(self.initial)
 
 
+def resolve_initial(config: WorkerConfig, topology: Topology) -> CheckpointReference | None:
+    """The checkpoint that `checkpoint.init_from` names. One rank looks, so that all take the same."""
+    init_from = config.checkpoint.init_from
+    if init_from is None:
+        return None
+    return resolve(on_main(topology, lambda: str(resolve(init_from).path)))
+
+
 def open_session(
     config: WorkerConfig,
     topology: Topology,
@@ -60,7 +69,7 @@ def open_session(
     Raises ValueError if the tokenizer has more tokens than the model has embeddings.
     """
     opened = time.monotonic()
-    initial = resolve(config.checkpoint.init_from) if config.checkpoint.init_from else None
+    initial = resolve_initial(config, topology)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(

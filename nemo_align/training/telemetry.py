@@ -66,16 +66,12 @@ class Telemetry:
             shown = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in whole.items())
             logger.info("held out, step %d: %s", step, shown)
 
-    def forward_rates(self, name: str, totals: ForwardTotals) -> dict[str, float]:
-        """Rates of the forward-only passes of one kind."""
-        return self.throughput.forward(totals)
-
     def finish(self, last_validation: dict[str, float], validation_totals: ForwardTotals) -> None:
         """Write result.json: the stage is complete."""
         self.close()
         state, topology = self.state, self.session.topology
         passes = {**self.task.forward_only, "validation": validation_totals}
-        forward_only = {name: self.forward_rates(name, totals) for name, totals in passes.items() if totals.seconds}
+        forward_only = {name: self.throughput.forward(totals) for name, totals in passes.items() if totals.seconds}
         rates = self.throughput.stage()
         if not self.enabled:
             return

@@ -15,7 +15,10 @@ def run_in_worker(topology: Any, verb: str, config_path: str) -> None:
     from nemo_align.config.compose import load_resolved
     from nemo_align.runtime.signals import StopRequest
 
-    importlib.import_module(f"nemo_align.stages.{verb}").run(load_resolved(verb, config_path), topology, StopRequest())
+    run = importlib.import_module(f"nemo_align.stages.{verb}").run
+    afterwards = run(load_resolved(verb, config_path), topology, StopRequest())
+    if afterwards is not None:
+        afterwards()
 
 
 def run_stage(

@@ -7,6 +7,7 @@ add squares over more terms, and what the updates carry over grows with the step
 
 import pytest
 
+from tests.distributed.checkpoint_runs import assert_equal, weights_of
 from tests.distributed.stage_runs import numbers, run_stage
 from tests.stage_inputs import stage_overrides
 
@@ -96,3 +97,14 @@ def test_the_first_preference_losses_are_their_closed_forms(one_process, stage_i
         assert held_out["validation/rows/preference_loss"] == pytest.approx(value, abs=1e-5), stage
     first = next(record for record in one_process("dpo") if record["kind"] == "train")
     assert first["preference_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_overlapped_parameter_gathering_saves_the_last_update(pool2, stage_inputs, policy, tmp_path):
+    """The gather of the last update is left to the next forward pass, and after the last step there is none."""
+    overrides = [*stage_overrides(stage_inputs, "sft"), f"checkpoint.init_from={policy}", "~data.validation"]
+    layouts = {"plain": {"data": 2}, "overlap": {"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}}
+    saved = {}
+    for name, layout in layouts.items():
+        run_stage(pool2, "sft", tmp_path / name, overrides, layout)
+        saved[name] = weights_of(tmp_path / name / "checkpoints" / "step_0000003")
+    assert_equal(saved["overlap"], saved["plain"])
