@@ -48,6 +48,7 @@ quickstart-data: $(DATA)/manifest.json
 
 quickstart: $(VENV)/.ready-quickstart $(DATA)/manifest.json
 	$(BIN)/nemo-align pipeline +experiment=quickstart/recipe
+	@$(BIN)/python tools/check_quickstart.py runs/quickstart/recipe
 
 # Every stage and hand-off of the recipe, four steps each, from the start each time.
 quickstart-short: $(VENV)/.ready-quickstart $(DATA)/manifest.json

@@ -51,7 +51,7 @@ def forward_steps(
     *,
     collect_examples: bool,
 ) -> Iterator[StepOutcome]:
-    """Outcome of each step in turn, for use inside `forward_mode`. All ranks raise `Stopped` once one is asked to stop."""
+    """Outcome of each step in turn, inside `forward_mode`. All ranks raise `Stopped` once one is asked to stop."""
     for step in steps:
         if stop.agreed(topology):
             raise Stopped
