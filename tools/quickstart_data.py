@@ -4,7 +4,7 @@
 python tools/quickstart_data.py --output data/quickstart
 
 Needs the extra `quickstart` (pip install 'nemo_align[quickstart]'). What comes from where, under which licence, and how
-many tokens each stage trains on: tools/quickstart/SOURCES.md.
+many tokens each stage trains on: README.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much of everything is written, so that the whole recipe trains about 3 million tokens (a table in SOURCES.md)."""
+"""How much of everything is written, so that the whole recipe trains about 3 million tokens (table: README.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each text comes from and under which licence. SOURCES.md, the manifest and the README say the same."""
+"""Where each text comes from and under which licence. The manifest and the README say the same."""
 
 from __future__ import annotations
 
