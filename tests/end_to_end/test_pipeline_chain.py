@@ -123,8 +123,7 @@ def undisturbed(data, tmp_path_factory) -> Path:
 
 
 def test_every_stage_hands_over_across_layouts(undisturbed):
-    manifest = json.loads((undisturbed / "manifest.json").read_text())
-    stages = {stage["name"]: stage for stage in manifest["stages"]}
+    stages = _stages(undisturbed)
     assert {stage["status"] for stage in stages.values()} == {"complete"}
     assert stages["dpo"]["inputs"] == {"sft": stages["sft"]["identity"], "score": stages["score"]["identity"]}
     assert (stages["reward"]["layout"]["tensor"], stages["dpo"]["layout"]["pipeline"]) == (2, 2)
@@ -165,11 +164,30 @@ def test_stopped_in_a_stage_it_goes_on_and_ends_the_same(data, undisturbed, tmp_
     assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     done = run(command(data, run_dir))
     assert done.returncode == 0, done.stderr[-4000:]
-    for stage in ("reward", "dpo"):
-        expected, found = (_losses(folder / stage) for folder in (undisturbed, run_dir))
+    assert "resumed" in (run_dir / "reward" / "log.txt").read_text()
+    before, after = (_stages(folder) for folder in (undisturbed, run_dir))
+    assert {name: stage["restarts"] for name, stage in after.items()} == {"sft": 0, "reward": 1, "score": 0, "dpo": 0}
+    assert {stage["status"] for stage in after.values()} == {"complete"}
+    # Deterministic up to threads and reduction order, which are the same in both runs.
+    for name, stage in after.items():
+        for when in ("first", "last"):
+            assert stage["metrics"][when] == pytest.approx(before[name]["metrics"][when], rel=1e-5, abs=1e-7), name
+        assert (stage["steps"], stage["tokens"]) == (before[name]["steps"], before[name]["tokens"])
+    assert after["reward"]["metrics"]["last"] and after["dpo"]["metrics"]["last"]
+    for name in ("sft", "reward", "dpo"):
+        expected, found = (_losses(folder / name) for folder in (undisturbed, run_dir))
         assert list(found) == list(expected) == [1, 2, 3, 4, 5, 6]  # each step once
-        # Deterministic up to threads and reduction order, which are the same in both runs.
         assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    expected, found = (
+        [json.loads(line) for line in (folder / "score" / "pairs.jsonl").read_text().splitlines()]
+        for folder in (undisturbed, run_dir)
+    )
+    for key in ("chosen_reward", "rejected_reward"):
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5, abs=1e-6)
+
+
+def _stages(run_dir: Path) -> dict[str, dict]:
+    return {stage["name"]: stage for stage in json.loads((run_dir / "manifest.json").read_text())["stages"]}
 
 
 def _losses(run_dir: Path) -> dict[int, float]:
