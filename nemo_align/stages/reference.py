@@ -60,8 +60,8 @@ class ResponseLogProbs:
 def reference_log_probs(session: Session, sets: dict[str, TokenizedRows]) -> ReferenceLogProbs:
     """Log-probabilities of every pair of every set under the session's initial weights.
 
-    Computed batch by batch in the order of the rows and published after each, so that an interrupted pass goes on
-    where it stopped. Exits the process when a stop is asked for.
+    Computed batch by batch in the order of the rows and published every few seconds, so that an interrupted pass goes
+    on where it stopped. Exits the process when a stop is asked for.
     """
     config, topology = session.config, session.topology
     cache = ReferenceCache(
@@ -114,12 +114,15 @@ def _compute_missing(
     )
     log_every = max(1, num_missing // PROGRESS_LINES)
     progress = Progress(f"reference {name}", num_missing, log_every=log_every, enabled=topology.is_main)
-    with progress, forward_mode(session.model_chunks):
-        for number, outcome in enumerate(outcomes, start=1):
-            indices = outcome.examples["index"].astype(np.int64)
-            fingerprints = [rows.example_fingerprint(index) for index in indices]
-            cache.add(fingerprints, outcome.examples, write=topology.is_main)
-            progress.update(number)
+    try:
+        with progress, forward_mode(session.model_chunks):
+            for number, outcome in enumerate(outcomes, start=1):
+                indices = outcome.examples["index"].astype(np.int64)
+                fingerprints = [rows.example_fingerprint(index) for index in indices]
+                cache.add(fingerprints, outcome.examples, write=topology.is_main)
+                progress.update(number)
+    finally:
+        cache.flush()
 
 
 def _drained(steps: list[Step]) -> Iterator[Step]:

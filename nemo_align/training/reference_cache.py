@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from nemo_align.runtime.topology import Topology
 from nemo_align.training.metrics import write_atomically
 
 logger = logging.getLogger("nemo_align")
+
+# A kill loses what was computed since the last part; each part costs a flush to the disk.
+PUBLISH_SECONDS = 5.0
 
 
 class ReferenceCache:
@@ -36,6 +40,8 @@ class ReferenceCache:
         self._layout = layout
         self._values: dict[bytes, tuple[float, ...]] = {}
         self._num_parts = 0
+        self._pending: list[tuple[list[bytes], list[np.ndarray]]] = []
+        self._published = time.monotonic()
 
     def share(self, topology: Topology) -> int:
         """Load on rank 0 and give every rank the same, so that all agree on what is missing; returns the count."""
@@ -68,13 +74,25 @@ class ReferenceCache:
         return fingerprint in self._values
 
     def add(self, fingerprints: Iterable[bytes], columns: dict[str, np.ndarray], *, write: bool) -> None:
-        """Keep one float32 value of each name per fingerprint; with `write` also publish them as a new part."""
+        """Keep one float32 value of each name per fingerprint; with `write` they go into the next part (`flush`)."""
         fingerprints = list(fingerprints)
         ordered = [np.asarray(columns[name], dtype=np.float32) for name in self.names]
         for fingerprint, values in zip(fingerprints, zip(*ordered, strict=True), strict=True):
             self._values[fingerprint] = tuple(float(value) for value in values)
         if write and fingerprints:
-            self._publish(fingerprints, ordered)
+            self._pending.append((fingerprints, ordered))
+            if time.monotonic() - self._published > PUBLISH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Publish what was added since the last part."""
+        self._published = time.monotonic()
+        if not self._pending:
+            return
+        fingerprints = [fingerprint for keys, _ in self._pending for fingerprint in keys]
+        columns = [np.concatenate(parts) for parts in zip(*(ordered for _, ordered in self._pending), strict=True)]
+        self._publish(fingerprints, columns)
+        self._pending.clear()
         self._num_parts += 1
 
     def columns(self, fingerprints: Iterable[bytes]) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ def open_cache(root, identity=IDENTITY, layout=LAYOUT) -> ReferenceCache:
 def fill(cache: ReferenceCache, keys: list[bytes], offset: float = 0.0) -> None:
     values = np.arange(len(keys), dtype=np.float32) / 3 + offset
     cache.add(keys, {"chosen": values, "rejected": -values}, write=True)
+    cache.flush()
 
 
 def test_values_come_back_to_the_last_bit_in_any_order(tmp_path):
