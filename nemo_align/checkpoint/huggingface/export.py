@@ -126,14 +126,18 @@ def _write_configs(folder: Path, model: ModelConfig, manifest: dict, tokenizer: 
         folder / CONFIG_FILE,
         hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, reward=manifest["reward"]),
     )
-    if manifest["reward"] is not None or tokenizer is None:
-        return
-    stops = [] if eos_id is None else [eos_id]
+    if manifest["reward"] is None and tokenizer is not None:
+        _write_json(folder / "generation_config.json", generation_config(tokenizer, manifest["verb"]))
+
+
+def generation_config(tokenizer: Tokenizer, verb: str) -> dict[str, int | list[int]]:
+    """generation_config.json: how a text begins, what ends it, and what fills a batch."""
+    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     turn_start = tokenizer.find_control_id(TURN_START)
-    if manifest["verb"] in _CHAT_VERBS and turn_start is not None:
+    if verb in _CHAT_VERBS and turn_start is not None:
         stops.append(turn_start)
-    generation = {"bos_token_id": bos_id, "eos_token_id": stops, "pad_token_id": pad_id}
-    _write_json(folder / "generation_config.json", {key: value for key, value in generation.items() if value})
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
+    return {key: value for key, value in ids.items() if value is not None and value != []}  # 0 is an id
 
 
 def _write_weights(

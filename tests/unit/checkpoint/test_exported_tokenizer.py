@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from nemo_align.checkpoint.huggingface.export import generation_config
 from nemo_align.checkpoint.huggingface.tokenizer_files import write_tokenizer
 from nemo_align.data.chat import Message
 from nemo_align.data.chat_template import render_dialogue, render_rated
@@ -101,3 +102,10 @@ def test_the_chat_template_gives_our_tokens(name: str, is_reward: bool, tmp_path
     messages = [Message(role, text) for role, text in turns]
     assert found == (render_rated(messages, ours) if is_reward else render_dialogue(messages, ours)[0])
     assert theirs.padding_side == ("right" if is_reward else "left")
+
+
+def test_the_generation_config_keeps_token_0(tmp_path):
+    tokenizer = load_tokenizer(train(tmp_path / "t", {"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": 2}))
+    assert generation_config(tokenizer, "pretrain") == {"eos_token_id": [2], "pad_token_id": 0}
+    turn = tokenizer.find_control_id("<extra_id_1>")
+    assert generation_config(tokenizer, "sft") == {"eos_token_id": [2, turn], "pad_token_id": 0}
