@@ -1,6 +1,6 @@
 """MFU against figures worked out by hand from the report's convention, and the peaks it is measured against."""
 
-import time
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,6 +10,7 @@ from nemo_align.config.model import ModelConfig
 from nemo_align.config.runtime import PrecisionConfig
 from nemo_align.config.training import TrackingConfig
 from nemo_align.data.step_plan import StepPlan
+from nemo_align.training import peak
 from nemo_align.training.forward_totals import ForwardTotals
 from nemo_align.training.peak import datasheet_tflops, measure_matmul_tflops, peak_tflops
 from nemo_align.training.throughput import STEPS_LEFT_OUT, Throughput
@@ -137,11 +138,11 @@ def test_peak_of_precision_and_of_the_configuration():
     assert peak_tflops(TrackingConfig(peak_tflops=7.0), bf16) == (7.0, "tracking.peak_tflops")
 
 
-def test_a_measured_peak_is_what_the_cpu_multiplies():
-    rate = measure_matmul_tflops(torch.float32, torch.device("cpu"), 256)
-    left = torch.randn(256, 256)
-    begin = time.perf_counter()
-    for _ in range(100):
-        left @ left
-    expected = 100 * 2 * 256**3 / (time.perf_counter() - begin) / 1e12
-    assert expected / 5 < rate < 5 * expected  # the same order: another process may have had the core for a moment
+def test_a_measured_peak_counts_the_multiplications_of_its_window(monkeypatch):
+    ticks, calls, multiply = itertools.count(), [], torch.mm
+    monkeypatch.setattr(peak, "WINDOW_SECONDS", 1.0)
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: next(ticks) / 8)  # every look at the clock takes 1/8 s
+    monkeypatch.setattr(torch, "mm", lambda *pair, out: calls.append(pair) or multiply(*pair, out=out))
+    rate = measure_matmul_tflops(torch.float32, torch.device("cpu"), 64)
+    assert len(calls) == 8  # one to warm up, then one after each look at the clock but the last
+    assert rate == pytest.approx(7 * 2 * 64**3 / 1.0 / 1e12)
