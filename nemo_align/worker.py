@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # No torch up here: the signal handlers come before the seconds that importing it takes.
+from nemo_align.config.errors import raised_by_this_package
 from nemo_align.runtime import exit_codes, launch_environment, logs
 from nemo_align.runtime.signals import StopRequest
 
@@ -50,7 +51,7 @@ def main(verb: str, config_path: str | Path) -> int:
         if afterwards is not None:
             afterwards()
     except ValueError as error:
-        if not _is_ours(error):
+        if not raised_by_this_package(error):
             logging.getLogger(logs.LOGGER_NAME).exception("rank %d failed", environment.rank)
             return exit_codes.FAILURE
         if _is_first_to_say(str(error), environment):
@@ -94,15 +95,6 @@ def _leave() -> None:
     from nemo_align.runtime import topology
 
     topology.destroy()
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Whether this package raised the error, so that its message was written for the user. A library's was not."""
-    trace = error.__traceback__
-    assert trace is not None
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").startswith("nemo_align.")
 
 
 def _is_first_to_say(message: str, environment: LaunchEnvironment) -> bool:

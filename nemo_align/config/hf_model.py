@@ -104,12 +104,6 @@ def hf_reward_config(folder: Path | str) -> RewardConfig | None:
     )
 
 
-def hf_dtype(folder: Path | str) -> str | None:
-    """fp32 | bf16 as config.json says; None if it says something else or nothing."""
-    values = read_hf_config(folder)
-    return HF_DTYPES.get(values.get("dtype") or values.get("torch_dtype"))
-
-
 def _rotary(values: dict, path: Path) -> tuple[float, int]:
     """(part of each head, base), every name that is there saying the same."""
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}

@@ -91,10 +91,6 @@ class SentencePieceTokenizer(Tokenizer):
         }
         (folder / OUR_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def model_bytes(self) -> bytes:
-        """The `.model` file, for the Hugging Face export."""
-        return self._model
-
 
 def _found(token_id: int) -> int | None:
     return token_id if token_id >= 0 else None

@@ -40,11 +40,6 @@ class StopRequest:
         """Whether a signal reached this very process. Ranks may differ: see `agreed`."""
         return self._signal is not None
 
-    @property
-    def signal_name(self) -> str | None:
-        """The last signal that asked, such as SIGTERM."""
-        return self._signal.name if self._signal is not None else None
-
     def agreed(self, topology: Topology) -> bool:
         """Whether any rank was asked. A collective over all ranks (one number); all get the same answer."""
         if topology.world_size == 1:

@@ -95,7 +95,7 @@ def test_the_first_failing_worker_ends_the_others_and_is_named(worker, tmp_path,
     (tmp_path / "logs" / "rank_1.txt").write_text("from an earlier launch\n")
     begin = time.monotonic()
     assert launch(argv, 3, tmp_path / "logs") == 7
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 50  # less than the 60 s that the others would sleep
     said = capfd.readouterr().err
     assert "worker 1 of 3 ended with exit code 7" in said
     assert "  the reason" in said
@@ -141,7 +141,7 @@ def test_stop_signals_reach_every_worker_once(worker, tmp_path, number):
         while not stop.requested:
             time.sleep(0.05)
         time.sleep(0.5)  # the save
-        print(me.rank, stop.signal_name, flush=True)
+        print(me.rank, stop._signal.name, flush=True)
         sys.exit(75)
     """)
     parent = parent_of(argv, 2, tmp_path / "logs")
