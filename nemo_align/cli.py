@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not raised_by_this_package(error):
             raise
         _let_rank_0_speak()
-        for line in str(error).splitlines():
-            print(line if line.startswith("  ") else f"error: {line}", file=sys.stderr)
+        _print_error(error)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -88,16 +87,15 @@ def _main(arguments: list[str]) -> int:
     if options.info is not None or options.cfg in ("hydra", "all"):
         from nemo_align.config import hydra_main
 
+        if options.multirun:
+            raise ValueError("--multirun goes with --cfg job only: --info and --cfg hydra show one run, leave it out")
         option, what = ("--info", options.info) if options.info is not None else ("--cfg", options.cfg)
         hydra_main.show(verb, option, what or "all", options.overrides)
         return SUCCESS
-    if options.cfg is not None:
-        _print_config(verb, options)
-        return SUCCESS
     if options.multirun:
-        from nemo_align.config import hydra_main
-
-        return hydra_main.multirun(verb, options.overrides, lambda name, texts: _run_job(verb, name, texts))
+        return _sweep(verb, options)
+    if options.cfg is not None:
+        return _print_config(verb, options.overrides, options.package)
     return run(verb, options.overrides)
 
 
@@ -182,22 +180,40 @@ def _use_config_dirs(folders: list[str]) -> None:
     os.environ[CONFIG_DIRS_VARIABLE] = os.pathsep.join([*absolute, *([inherited] if inherited else [])])
 
 
-def _print_config(verb: str, options: Options) -> None:
+def _print_config(verb: str, overrides: list[str], package: str | None) -> int:
     from nemo_align.config.compose import compose, to_yaml
 
-    print(to_yaml(compose(verb, options.overrides), options.package), end="", flush=True)
+    print(to_yaml(compose(verb, overrides), package), end="", flush=True)
+    return SUCCESS
 
 
-def _run_job(verb: str, name: str, overrides: list[str]) -> int:
+def _print_error(error: ValueError, job: str = "") -> None:
+    """Every problem with its own `error:`; lines that belong to the one above them are indented."""
+    for line in str(error).splitlines():
+        print(line if line.startswith("  ") else f"error: {job}{line}", file=sys.stderr, flush=True)
+
+
+def _sweep(verb: str, options: Options) -> int:
+    """Every combination of the values, one after the other: run, or with --cfg job printed as a YAML document."""
+    from nemo_align.config import hydra_main
+
+    return hydra_main.multirun(verb, options.overrides, lambda name, texts: _run_job(verb, name, texts, options))
+
+
+def _run_job(verb: str, name: str, overrides: list[str], options: Options) -> int:
     """One job of a sweep, in <run_dir>/<name>."""
     from nemo_align.config.compose import ConfigError, compose
 
     try:
         run_dir = f"{compose(verb, overrides).run_dir}/{name}"
+        texts = [*overrides, f'run_dir="{run_dir}"']
+        if options.cfg is not None:
+            print(f"---\n# {name}", flush=True)
+            return _print_config(verb, texts, options.package)
         print(f"{name} in {run_dir}", flush=True)
-        code = run(verb, [*overrides, f'run_dir="{run_dir}"'])
+        code = run(verb, texts)
     except ConfigError as error:
-        print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+        _print_error(error, f"{name}: ")
         return USER_ERROR
     if code == INTERRUPTED:  # Ctrl-C ends the sweep, not only its job
         raise KeyboardInterrupt

@@ -52,11 +52,14 @@ def missing_keys(config: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def missing_message(root: type, key: str, alias: str | None = None) -> str:
-    """`optimizer.lr is missing: peak learning rate (number). Example: optimizer.lr=3e-7`."""
+def missing_message(root: type, key: str, alias: str | None = None, example: str | None = None) -> str:
+    """`optimizer.lr is missing: peak learning rate (number). Example: optimizer.lr=3e-7`.
+
+    `alias`: the key as the user writes it; `example`: a value that goes with the other keys.
+    """
     entry = _describe(root, key)
     leaf = key.rpartition(".")[2]
-    example = EXAMPLES.get(key) or EXAMPLES.get(leaf) or _BY_TYPE[entry.node.type]
+    example = example or EXAMPLES.get(key) or EXAMPLES.get(leaf) or _BY_TYPE[entry.node.type]
     meaning = f"{entry.doc} ({entry.node})" if entry.doc else str(entry.node)
     shown = alias or key
     return f"{shown} is missing: {meaning}. Example: {shown}={example}"

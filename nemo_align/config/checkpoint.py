@@ -8,10 +8,16 @@ from omegaconf import MISSING
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
-    """Where weights come from and when they are saved."""
+class InitialWeightsConfig:
+    """Where weights come from."""
 
     init_from: str | None = None  # run directory, checkpoint or Hugging Face folder; null: random weights
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig(InitialWeightsConfig):
+    """Where weights come from and when they are saved."""
+
     load_optimizer: bool = False  # Adam's moments of init_from too
     save_every: int | None = None  # steps; null: only at the end and on a signal
     keep_last: int = 2  # periodic checkpoints to keep; the final one always stays

@@ -18,6 +18,33 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("fp32", "bf16"),
 }
 
+# Names of the row formats that each verb reads, as nemo_align/data/row_formats has them (a test compares). `score`
+# finds the format of its inputs itself.
+_DIALOGUES = (
+    "messages",
+    "conversations",
+    "helpsteer2",
+    "prompt_completion",
+    "prompt_response",
+    "alpaca",
+    "input_output",
+)
+ROW_FORMATS: dict[str, tuple[str, ...]] = {
+    "sft": ("auto", *_DIALOGUES),
+    "reward": ("auto", "nemo_aligner_label", "conversations_label", *_DIALOGUES),
+    "preference": (
+        "auto",
+        "nemo_aligner",
+        "nemo_rl",
+        "helpsteer2_preference",
+        "helpsteer3",
+        "sharegpt_pair",
+        "alpaca_pair",
+        "prompt_chosen_rejected",
+        "chosen_rejected",
+    ),
+}
+
 # HelpSteer2's attributes and the weights that the published reward model's card gives for the scalar reward.
 HELPSTEER2_WEIGHTS = {
     "helpfulness": 0.3,

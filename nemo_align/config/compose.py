@@ -49,7 +49,7 @@ def compose(verb: str, arguments: Sequence[str], *, check_files: bool = True) ->
         raise ConfigError.of(f"{line} ({composed.origin(line.split(' ')[0], parsed)})" for line in problems)
     awaits_checkpoint = initial is None and not check_files and _init_from(tree) is not None
     _refuse_missing(verb, config, awaits_checkpoint)
-    validation.complete(config, initial)
+    validation.complete(config, initial, model_known=not awaits_checkpoint)
     validation.validate(config, check_files=check_files, model_known=not awaits_checkpoint, initial=initial)
     return config
 
@@ -191,17 +191,28 @@ def _refuse_missing(verb: str, config: Any, awaits_checkpoint: bool) -> None:
     model = [key for key in missing if key.startswith("model.")]
     aliases = {field: word for word, field in overrides.ALIASES.get(verb, {}).items()}
     problems = []
-    if model and not awaits_checkpoint:
+    needed = validation.missing_checkpoint(VERBS[verb])
+    if model and needed and config.checkpoint.init_from is None:
+        problems.append(needed)  # a model of one's own would not help
+    elif model and not awaits_checkpoint:
         which = "no model" if len(model) > 5 else f"{', '.join(model)} missing"
         problems.append(
             f"{which}: choose one with model={'|'.join(sources.choices('model'))}, "
             "or start from a checkpoint with checkpoint.init_from=<run directory, checkpoint or Hugging Face folder>"
         )
     problems += [
-        build.missing_message(VERBS[verb], key, aliases.get(key)) for key in missing if not key.startswith("model.")
+        build.missing_message(VERBS[verb], key, aliases.get(key), _other_format(config, key))
+        for key in missing
+        if not key.startswith("model.")
     ]
     if problems:
         raise ConfigError.of(problems)
+
+
+def _other_format(config: Any, key: str) -> str | None:
+    """The example for `from` or `to` of convert: what the other one is not."""
+    other = {"source_format": "target_format", "target_format": "source_format"}.get(key)
+    return {"hf": "megatron", "megatron": "hf"}.get(getattr(config, other)) if other else None
 
 
 def hydra_message(error: BaseException) -> str:

@@ -8,10 +8,16 @@ from omegaconf import MISSING
 
 
 @dataclass(kw_only=True)
-class BlendSourceConfig:
-    """One Megatron `.bin`/`.idx` pair of a pretraining blend."""
+class IndexedSourceConfig:
+    """One Megatron `.bin`/`.idx` pair."""
 
     path: str = MISSING  # prefix without .bin or .idx
+
+
+@dataclass(kw_only=True)
+class BlendSourceConfig(IndexedSourceConfig):
+    """One pair of a pretraining blend."""
+
     weight: float = 1.0  # share of the samples; weights of a blend are normalised
 
 
@@ -28,9 +34,9 @@ class PretrainDataConfig:
     """Next-token data in phases, in the order written, under one learning-rate schedule."""
 
     tokenizer: str | None = None  # SentencePiece file or Hugging Face folder; null: that of checkpoint.init_from
-    sequence_length: int = 4096  # tokens per sample
+    sequence_length: int | None = None  # tokens per sample; null: model.max_sequence_length
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
-    validation: dict[str, BlendSourceConfig] = field(default_factory=dict)  # each its own held-out set, read whole once
+    validation: dict[str, IndexedSourceConfig] = field(default_factory=dict)  # each its own held-out set, read whole
     cache_dir: str | None = None  # sample indices; null: <run_dir>/cache
 
 
@@ -49,23 +55,29 @@ class ChatDataConfig:
     """What sft, reward, preference and score have in common."""
 
     tokenizer: str | None = None  # SentencePiece file or Hugging Face folder; null: that of checkpoint.init_from
-    sequence_length: int = 4096  # longest sequence in tokens
+    sequence_length: int | None = None  # longest sequence in tokens; null: model.max_sequence_length
     overlong: str = "error"  # error | drop | truncate (the oldest turns)
     default_system: str = ""  # system turn of rows that have none
-    train: dict[str, RowsConfig] = field(default_factory=dict)
-    validation: dict[str, RowsConfig] = field(default_factory=dict)  # each its own held-out set
     cache_dir: str | None = None  # tokenized rows; null: <run_dir>/cache
 
 
 @dataclass(kw_only=True)
-class SftDataConfig(ChatDataConfig):
+class RowsDataConfig(ChatDataConfig):
+    """What the verbs that train on rows have in common."""
+
+    train: dict[str, RowsConfig] = field(default_factory=dict)
+    validation: dict[str, RowsConfig] = field(default_factory=dict)  # each its own held-out set
+
+
+@dataclass(kw_only=True)
+class SftDataConfig(RowsDataConfig):
     """Dialogues; the loss is on assistant turns and the token that ends each."""
 
     overlong: str = "truncate"
 
 
 @dataclass(kw_only=True)
-class RewardDataConfig(ChatDataConfig):
+class RewardDataConfig(RowsDataConfig):
     """Dialogues with one number per attribute; the reward token is appended."""
 
 
@@ -80,7 +92,7 @@ class SelectConfig:
 
 
 @dataclass(kw_only=True)
-class PreferenceDataConfig(ChatDataConfig):
+class PreferenceDataConfig(RowsDataConfig):
     """Pairs of responses to one prompt, with or without rewards."""
 
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -88,4 +100,4 @@ class PreferenceDataConfig(ChatDataConfig):
 
 @dataclass(kw_only=True)
 class ScoreDataConfig(ChatDataConfig):
-    """Rows to be scored; `train` and `validation` stay empty."""
+    """Rows to be scored, which `inputs` names."""

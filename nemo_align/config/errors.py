@@ -11,8 +11,8 @@ class ConfigError(ValueError):
 
     @classmethod
     def of(cls, problems: Iterable[str], most: int = 8) -> ConfigError:
-        """One error of several problems: a line each, the first `most` of them."""
-        lines = list(problems)
+        """One error of several problems: a line each, the first `most` of them, each said once."""
+        lines = list(dict.fromkeys(problems))
         assert lines
         more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
         return cls("\n".join(lines[:most] + more))

@@ -83,16 +83,18 @@ def verb_help(verb: str) -> str:
     from nemo_align.config import schema
 
     root = schema.VERBS[verb]
+    has_runs = "experiment" in schema.fields(root)  # convert has neither experiments nor groups, and nothing to sweep
+    choosing = "[+experiment=<recipe>/<stage>] [group=choice] [key=value]" if has_runs else "key=value"
+    options = [(name, text) for name, text in _OPTIONS if has_runs or name != "--multirun"]
     parts = [
-        f"Usage: nemo-align {verb} [+experiment=<recipe>/<stage>] [group=choice] [key=value] ...\n\n"
-        f"{VERB_LINES[verb][0].upper()}{VERB_LINES[verb][1:]}.",
+        f"Usage: nemo-align {verb} {choosing} ...\n\n{VERB_LINES[verb][0].upper()}{VERB_LINES[verb][1:]}.",
         "Examples:\n" + "\n".join(f"  {example}" for example in _EXAMPLES[verb]),
-        "Options:\n" + "\n".join(f"  {name:<20}{text}" for name, text in _OPTIONS),
+        "Options:\n" + "\n".join(f"  {name:<20}{text}" for name, text in options),
     ]
-    if experiments := sources.experiments(verb) if "experiment" in schema.fields(root) else []:
+    if experiments := sources.experiments(verb) if has_runs else []:
         lines = "\n".join(f"  +experiment={name:<36}{text}".rstrip() for name, text in experiments)
         parts.append(f"Experiments:\n{lines}")
-    groups = [name for name in sources.groups() if name in schema.fields(root) and name != sources.EXPERIMENT]
+    groups = [name for name in sources.groups() if name != sources.EXPERIMENT and _selected(verb, name) is not None]
     if groups:
         blocks = []
         for group in groups:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_align.config.checkpoint import CheckpointConfig
+from nemo_align.config.checkpoint import CheckpointConfig, InitialWeightsConfig
 from nemo_align.config.data import (
     PreferenceDataConfig,
     PretrainDataConfig,
@@ -17,7 +17,7 @@ from nemo_align.config.data import (
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import PreferenceConfig, RewardConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig, RuntimeConfig
-from nemo_align.config.training import OptimizerConfig, TrackingConfig, TrainConfig
+from nemo_align.config.training import OptimizerConfig, PeakConfig, TrackingConfig, TrainConfig
 
 
 @dataclass(kw_only=True)
@@ -30,14 +30,16 @@ class WorkerConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: InitialWeightsConfig = field(default_factory=InitialWeightsConfig)
+    tracking: PeakConfig = field(default_factory=PeakConfig)
 
 
 @dataclass(kw_only=True)
 class TrainStageConfig(WorkerConfig):
     """What every training verb has."""
 
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

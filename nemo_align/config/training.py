@@ -49,10 +49,16 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
-class TrackingConfig:
+class PeakConfig:
+    """What MFU is measured against."""
+
+    peak_tflops: float | None = None  # per device, for MFU; null: the datasheet's (GPU) or measured at start (CPU)
+
+
+@dataclass(kw_only=True)
+class TrackingConfig(PeakConfig):
     """Where metrics go besides metrics.jsonl, which is always written."""
 
     tensorboard: bool = False  # event files in <run_dir>/tensorboard
     wandb: bool = False  # Weights & Biases; WANDB_API_KEY in the environment
     wandb_project: str = "nemo_align"  # project name there
-    peak_tflops: float | None = None  # per device, for MFU; null: the datasheet's (GPU) or measured at start (CPU)

@@ -28,11 +28,22 @@ from nemo_align.config.stages import (
 from nemo_align.config.validation_data import check_data, check_length
 from nemo_align.config.validation_model import check_layout, check_model, check_precision
 from nemo_align.config.validation_pipeline import check_pipeline
-from nemo_align.config.validation_train import check_batches, check_optimizer, check_train
+from nemo_align.config.validation_train import check_batches, check_effect, check_optimizer, check_train
+
+# What the verbs that cannot start from random weights need, and an example.
+NEEDS_CHECKPOINT: dict[type, tuple[str, str]] = {
+    PreferenceStageConfig: ("the policy to start from, which is also the reference", "runs/sft"),
+    ScoreStageConfig: ("the reward model", "runs/reward"),
+}
 
 
-def complete(config: Any, initial: InitialCheckpoint | None) -> None:
-    """Fill in what follows from other keys, so that the saved configuration shows what is used."""
+def complete(config: Any, initial: InitialCheckpoint | None, *, model_known: bool = True) -> None:
+    """Fill in what follows from other keys, so that the saved configuration shows what is used.
+
+    `model_known`: the sizes of the model are there.
+    """
+    if isinstance(config, WorkerConfig) and config.data.sequence_length is None and model_known:
+        config.data.sequence_length = config.model.max_sequence_length
     if (
         isinstance(config, RewardStageConfig)
         and config.reward.weights is None
@@ -53,7 +64,7 @@ def validate(
     Raises:
         ConfigError: every problem, a line each.
     """
-    problems = list(_choices(config))
+    problems = [*_choices(config), *_check_names(config)]
     if isinstance(config, WorkerConfig):
         problems += _check_worker(config, check_files, model_known, initial)
     elif isinstance(config, PipelineConfig):
@@ -125,6 +136,7 @@ def _check_worker(
     if isinstance(config, TrainStageConfig):
         yield from check_train(config)
         yield from check_optimizer(config)
+        yield from check_effect(config)
     if isinstance(config, RewardStageConfig):
         yield from _check_reward(config.reward)
     if isinstance(config, PreferenceStageConfig):
@@ -138,6 +150,26 @@ def _check_convert(config: ConvertConfig, check_files: bool) -> Iterator[str]:
         yield f"from and to are both {config.source_format}: nothing to convert"
     if check_files and not Path(config.source).exists():
         yield f"source={config.source} does not exist"
+
+
+def _check_names(config: Any) -> Iterator[str]:
+    """Where the run goes."""
+    if not config.run_dir.strip():
+        yield "run_dir is empty: name the folder of the run. Example: run_dir=runs/mine"
+    name = getattr(config, "experiment", None)
+    if name is not None and (not name.strip() or name.startswith("/") or ".." in Path(name).parts):
+        yield (
+            f"experiment is '{name}', but names the run and its folder below runs/: use a name without .. or a leading "
+            "/, and run_dir= for a folder elsewhere"
+        )
+
+
+def missing_checkpoint(cls: type) -> str | None:
+    """What to say if checkpoint.init_from is missing; None for verbs that can do without."""
+    if cls not in NEEDS_CHECKPOINT:
+        return None
+    meaning, example = NEEDS_CHECKPOINT[cls]
+    return f"checkpoint.init_from is missing: {meaning}. Example: checkpoint.init_from={example}"
 
 
 def _choices(config: Any) -> Iterator[str]:
@@ -160,30 +192,28 @@ def _select(config: Any, key: str) -> Any:
 
 
 def _check_process(config: WorkerConfig) -> Iterator[str]:
-    runtime, checkpoint, tracking = config.runtime, config.checkpoint, config.tracking
+    runtime, tracking = config.runtime, config.tracking
     if not 0 <= runtime.seed < 2**31:
         yield f"runtime.seed is {runtime.seed}, but must lie in 0 .. 2^31 - 1"
     if not runtime.distributed_timeout_minutes > 0:
         yield f"runtime.distributed_timeout_minutes is {runtime.distributed_timeout_minutes}, but must be positive"
     if runtime.threads is not None and runtime.threads < 1:
         yield f"runtime.threads is {runtime.threads}, but must be at least 1 (null: cores / workers)"
-    if checkpoint.save_every is not None and checkpoint.save_every < 1:
-        yield f"checkpoint.save_every is {checkpoint.save_every}, but must be at least 1 (null: only at the end)"
-    if checkpoint.keep_last < 1:
-        yield f"checkpoint.keep_last is {checkpoint.keep_last}, but at least 1 must stay, to resume from"
+    if isinstance(config, TrainStageConfig):
+        checkpoint = config.checkpoint
+        if checkpoint.save_every is not None and checkpoint.save_every < 1:
+            yield f"checkpoint.save_every is {checkpoint.save_every}, but must be at least 1 (null: only at the end)"
+        if checkpoint.keep_last < 1:
+            yield f"checkpoint.keep_last is {checkpoint.keep_last}, but at least 1 must stay, to resume from"
     if tracking.peak_tflops is not None and not tracking.peak_tflops > 0:
         yield f"tracking.peak_tflops is {tracking.peak_tflops}, but must be positive (null: datasheet or measured)"
 
 
 def _check_initial(config: WorkerConfig, model_known: bool, initial: InitialCheckpoint | None) -> Iterator[str]:
     init_from = config.checkpoint.init_from
-    needed = {
-        PreferenceStageConfig: "the policy to start from, which is also the reference",
-        ScoreStageConfig: "the reward model",
-    }
-    if init_from is None and type(config) in needed:
-        yield f"checkpoint.init_from is missing: {needed[type(config)]}. Example: checkpoint.init_from=runs/sft"
-    if config.checkpoint.load_optimizer:
+    if init_from is None and (message := missing_checkpoint(type(config))):
+        yield message
+    if isinstance(config, TrainStageConfig) and config.checkpoint.load_optimizer:
         if init_from is None:
             yield "checkpoint.load_optimizer=true needs checkpoint.init_from, whose optimizer state it loads"
         elif initial is not None and initial.kind == "hf":

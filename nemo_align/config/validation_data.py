@@ -5,41 +5,57 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_align.config.data import BlendSourceConfig, ChatDataConfig, PretrainDataConfig, RowsConfig
+from nemo_align.config import suggest
+from nemo_align.config.choices import ROW_FORMATS
+from nemo_align.config.data import (
+    BlendSourceConfig,
+    IndexedSourceConfig,
+    PretrainDataConfig,
+    RowsConfig,
+    RowsDataConfig,
+)
 from nemo_align.config.stages import (
     PreferenceStageConfig,
     PretrainStageConfig,
+    RewardStageConfig,
     ScoreStageConfig,
+    SftStageConfig,
     TrainStageConfig,
     WorkerConfig,
 )
+
+_VERBS = {SftStageConfig: "sft", RewardStageConfig: "reward", PreferenceStageConfig: "preference"}
 
 
 def check_length(config: WorkerConfig) -> Iterator[str]:
     """Sequences against the positions of the model."""
     length, most = config.data.sequence_length, config.model.max_sequence_length
-    if length > most:
+    if length is not None and length > most:
         yield f"data.sequence_length {length} is more than model.max_sequence_length {most}: lower it to {most} or less"
 
 
 def check_data(config: WorkerConfig, check_files: bool) -> Iterator[str]:
-    """Everything else in `data`; `check_files` looks on the disk too."""
+    """Everything else in `data`; `check_files` looks on the disk too.
+
+    A length that is still null here is that of a model which is not known yet.
+    """
     data = config.data
-    if data.sequence_length < 2:
+    if data.sequence_length is not None and data.sequence_length < 2:
         yield f"data.sequence_length is {data.sequence_length}, but must be at least 2 tokens"
     if check_files and data.tokenizer is not None and not Path(data.tokenizer).exists():
         yield f"data.tokenizer={data.tokenizer} does not exist: name a SentencePiece file or a Hugging Face folder"
     if isinstance(config, PretrainStageConfig):
         yield from _check_phases(config.data, check_files)
         return
-    assert isinstance(data, ChatDataConfig)
-    for split in ("train", "validation"):
-        for name, rows in getattr(data, split).items():
-            yield from _check_rows(f"data.{split}.{name}", rows, check_files)
     yield from _check_micro_batch_tokens(config)
     if isinstance(config, ScoreStageConfig):
         yield from _check_inputs(config, check_files)
-    elif not data.train:
+        return
+    assert isinstance(data, RowsDataConfig)
+    for split in ("train", "validation"):
+        for name, rows in getattr(data, split).items():
+            yield from _check_rows(f"data.{split}.{name}", rows, ROW_FORMATS[_VERBS[type(config)]], check_files)
+    if not data.train:
         yield "data.train is empty: name the rows to train on. Example: data.train.mine.path=rows.jsonl"
 
 
@@ -56,13 +72,13 @@ def _check_phases(data: PretrainDataConfig, check_files: bool) -> Iterator[str]:
         if not phase.blend:
             yield f"{key}.blend is empty. Example: {key}.blend.english.path=data/english"
         for source, entry in phase.blend.items():
-            yield from _check_blend_source(f"{key}.blend.{source}", entry, check_files)
+            yield from _check_indexed(f"{key}.blend.{source}", entry, check_files)
     for name, entry in data.validation.items():
-        yield from _check_blend_source(f"data.validation.{name}", entry, check_files)
+        yield from _check_indexed(f"data.validation.{name}", entry, check_files)
 
 
-def _check_blend_source(key: str, entry: BlendSourceConfig, check_files: bool) -> Iterator[str]:
-    if not 0 < entry.weight < float("inf"):
+def _check_indexed(key: str, entry: IndexedSourceConfig, check_files: bool) -> Iterator[str]:
+    if isinstance(entry, BlendSourceConfig) and not 0 < entry.weight < float("inf"):
         yield f"{key}.weight is {entry.weight}, but must be positive; ~{key} takes the source out"
     if entry.path.endswith((".bin", ".idx")):
         yield f"{key}.path={entry.path} must be the prefix of both files: {entry.path[:-4]}"
@@ -72,7 +88,10 @@ def _check_blend_source(key: str, entry: BlendSourceConfig, check_files: bool) -
                 yield f"{key}.path={entry.path}: {entry.path}{suffix} does not exist"
 
 
-def _check_rows(key: str, rows: RowsConfig, check_files: bool) -> Iterator[str]:
+def _check_rows(key: str, rows: RowsConfig, formats: tuple[str, ...], check_files: bool) -> Iterator[str]:
+    if rows.format not in formats:
+        guess = suggest.did_you_mean(rows.format, formats)
+        yield f"{key}.format is '{rows.format}', but must be one of {', '.join(formats)}{guess}"
     if check_files and not Path(rows.path).exists():
         yield f"{key}.path={rows.path} does not exist"
     if rows.fraction is not None and not 0 < rows.fraction <= 1:
@@ -89,6 +108,8 @@ def _check_micro_batch_tokens(config: WorkerConfig) -> Iterator[str]:
     else:
         assert isinstance(config, TrainStageConfig)
         key, tokens = "train.micro_batch_tokens", config.train.micro_batch_tokens
+    if config.data.sequence_length is None:
+        return
     sequences = 2 if isinstance(config, PreferenceStageConfig) else 1
     least = sequences * config.data.sequence_length
     if tokens is not None and tokens < least:
@@ -97,8 +118,6 @@ def _check_micro_batch_tokens(config: WorkerConfig) -> Iterator[str]:
 
 
 def _check_inputs(config: ScoreStageConfig, check_files: bool) -> Iterator[str]:
-    if config.data.train or config.data.validation:
-        yield "data.train and data.validation stay empty in score: name the rows as inputs.<name>=<file>"
     if not config.inputs:
         yield "inputs is empty: name the rows to score. Example: inputs.pairs=pairs.jsonl"
     for name, path in config.inputs.items():

@@ -3,9 +3,70 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from nemo_align.config.stages import PretrainStageConfig, TrainStageConfig
+from nemo_align.config.stages import PreferenceStageConfig, PretrainStageConfig, TrainStageConfig
+
+
+def _packs(config: TrainStageConfig) -> bool:
+    return config.train.packing and not isinstance(config, PretrainStageConfig)
+
+
+# (key, whether it is set without having an effect, what to do). A value that nothing reads would be believed.
+_WITHOUT_EFFECT: tuple[tuple[str, Callable[[TrainStageConfig], bool], str], ...] = (
+    (
+        "train.micro_batch_tokens",
+        lambda c: isinstance(c, PretrainStageConfig) and c.train.micro_batch_tokens is not None,
+        "in pretrain, whose samples are equally long: set train.micro_batch_size",
+    ),
+    (
+        "train.micro_batch_tokens",
+        lambda c: not isinstance(c, PretrainStageConfig) and not _packs(c) and c.train.micro_batch_tokens is not None,
+        "with train.packing=false: set train.micro_batch_size, or train.packing=true",
+    ),
+    (
+        "train.micro_batch_size",
+        lambda c: _packs(c) and c.train.micro_batch_size != 1,
+        "with train.packing=true: set train.micro_batch_tokens, or train.packing=false",
+    ),
+    (
+        "optimizer.decay_steps",
+        lambda c: c.optimizer.schedule == "constant" and c.optimizer.decay_steps is not None,
+        "with optimizer.schedule=constant: choose cosine, linear or wsd",
+    ),
+    (
+        "parallel.recompute_layers",
+        lambda c: c.parallel.recompute != "full" and c.parallel.recompute_layers != 1,
+        "unless parallel.recompute=full: set that, or leave it out",
+    ),
+    (
+        "preference.gt_reward_scale",
+        lambda c: (
+            isinstance(c, PreferenceStageConfig)
+            and c.preference.preference_loss in ("dpo", "ipo")
+            and c.preference.gt_reward_scale != 1
+        ),
+        "on dpo and ipo, which do not read rewards: choose preference.preference_loss=rpo_bwd_kl, or leave it out",
+    ),
+    (
+        "preference.sft_average_log_probs",
+        lambda c: (
+            isinstance(c, PreferenceStageConfig)
+            and c.preference.sft_loss_weight == 0
+            and c.preference.sft_average_log_probs is not None
+        ),
+        "with preference.sft_loss_weight=0: set a weight, or leave it out",
+    ),
+)
+
+
+def check_effect(config: TrainStageConfig) -> Iterator[str]:
+    """Values that would change nothing."""
+    for key, is_without, remedy in _WITHOUT_EFFECT:
+        if is_without(config):
+            section, _, name = key.partition(".")
+            value = getattr(getattr(config, section), name)
+            yield f"{key}={str(value).lower()} has no effect {remedy}"
 
 
 def check_train(config: TrainStageConfig) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nemo_align.config.data import BlendSourceConfig
+from nemo_align.config.data import BlendSourceConfig, IndexedSourceConfig
 from nemo_align.data.batch import Batch
 from nemo_align.data.collate import collate_rows
 from nemo_align.data.indexed import IndexedDatasetInfo, check_indexed_dataset
@@ -107,7 +107,7 @@ class HeldOutSource:
     kind = "windows"
 
     def __init__(
-        self, source: BlendSourceConfig, *, tokenizer: Tokenizer, layout: StepLayout, data_rank: int, seed: int = 0
+        self, source: IndexedSourceConfig, *, tokenizer: Tokenizer, layout: StepLayout, data_rank: int, seed: int = 0
     ) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 

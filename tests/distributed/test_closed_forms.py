@@ -208,7 +208,7 @@ def test_loss_and_every_gradient_equal_the_closed_form(verb, kind, pool1, stage_
         extra = [
             f"preference.preference_loss={kind}",
             f"preference.ref_policy_kl_penalty={BETA}",
-            f"preference.gt_reward_scale={ETA}",
+            *([f"preference.gt_reward_scale={ETA}"] if kind.startswith("rpo") else []),
             f"preference.sft_loss_weight={SFT_WEIGHT}",
         ]
     # Compared with a model of our own making: no checkpoint is read, though `preference` wants one named.

@@ -73,6 +73,7 @@ def test_wrong_options(arguments, message):
             "needs 96 workers, too many for a machine without",
         ),
         (["sft", *SFT, "run_dir=a=b,c", "--multirun"], 2, "cannot read 'run_dir=a=b,c'"),
+        (["sft", *SFT, "--info", "--multirun"], 2, "--multirun goes with --cfg job only"),
         (["sft", *SFT, "precision=fp8_delayed"], 2, "use precision=bf16 here"),
     ],
 )
@@ -157,6 +158,20 @@ def test_a_bad_job_does_not_stop_a_sweep(launched, capsys):
     assert cli.main(["sft", *SFT, "parallel.tensor=3,2", "--multirun"]) == 2
     assert "not divisible by parallel.tensor=3" in capsys.readouterr().err
     assert [workers for _, workers in launched] == [2]
+
+
+def test_a_sweep_may_be_printed(launched, capsys):
+    assert cli.main(["sft", *SFT, "optimizer.lr=1e-4,1e-5", "--multirun", "--cfg", "job"]) == 0
+    _, *documents = capsys.readouterr().out.split("---\n")
+    for name, rate, text in zip(("0.0001", "1e-05"), ("0.0001", "1.0e-05"), documents, strict=True):
+        assert f"run_dir: runs/sft/optimizer.lr-{name}\n" in text and f"  lr: {rate}\n" in text
+    assert launched == []
+
+
+def test_every_line_of_a_sweeps_errors_is_one(launched, capsys):
+    assert cli.main(["sft", *SFT, "parallel.tensor=3,5", "--multirun"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all(line.startswith("error: parallel.tensor-") for line in lines)
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

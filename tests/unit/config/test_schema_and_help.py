@@ -79,6 +79,13 @@ def test_help_of_a_verb_shows_every_key(verb):
     assert f"nemo-align {verb} " in text
 
 
+def test_help_shows_only_what_a_verb_has():
+    convert = help_texts.verb_help("convert")
+    assert not [text for text in ("+experiment", "[group=choice]", "--multirun", "Groups:") if text in convert]
+    score = help_texts.verb_help("score")
+    assert "--multirun" in score and "  parallel=tp2 " in score and "tracking=wandb" not in score
+
+
 def test_help_marks_the_default_choice():
     lines = help_texts.verb_help("pretrain").splitlines()
     assert any(line.startswith("  optimizer=cosine") and line.endswith("(default)") for line in lines)

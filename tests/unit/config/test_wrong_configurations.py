@@ -69,7 +69,8 @@ WRONG = [
         "train.batch_ramp[0].global_batch_size is missing: from there",
     ),
     ("sft", ["data.train.more.format=auto"], "data.train.more.path is missing: .jsonl"),
-    ("convert", ["from=???"], "from is missing"),
+    ("convert", ["from=???"], "Example: from=hf"),
+    ("convert", ["to=???"], "Example: to=megatron"),
     (
         "sft",
         ["data.sequence_length=${nothing.there}"],
@@ -184,6 +185,46 @@ WRONG = [
     ("score", ["weights={clarity:1}"], "weights lacks safety"),
     ("score", ["~inputs.rows"], "inputs is empty"),
     ("score", ["inputs.more=absent.jsonl"], "inputs.more=absent.jsonl does not exist"),
+    ("score", ["checkpoint.init_from=null"], "checkpoint.init_from is missing: the reward model. Example: checkpoint"),
+    ("preference", ["checkpoint.init_from=null"], "checkpoint.init_from is missing: the policy"),
+    # keys that the verb does not have, and values that would change nothing
+    ("score", ["checkpoint.save_every=5"], "unknown key 'checkpoint.save_every' for score: it belongs to pretrain"),
+    ("score", ["checkpoint.load_optimizer=true"], "unknown key 'checkpoint.load_optimizer' for score"),
+    ("score", ["tracking.wandb=true"], "unknown key 'tracking.wandb' for score"),
+    ("score", ["data.validation.a.path=rows.jsonl"], "unknown key 'data.validation.a.path' for score"),
+    ("pretrain", ["data.validation.a={path:english,weight:2}"], "unknown key 'data.validation.a.weight'"),
+    ("pretrain", ["train.micro_batch_tokens=512"], "train.micro_batch_tokens=512 has no effect in pretrain"),
+    (
+        "sft",
+        ["train.packing=false", "train.micro_batch_tokens=512"],
+        "train.micro_batch_tokens=512 has no effect with train.packing=false: set train.micro_batch_size",
+    ),
+    ("sft", ["train.micro_batch_size=4"], "train.micro_batch_size=4 has no effect with train.packing=true"),
+    ("sft", ["optimizer.decay_steps=4"], "optimizer.decay_steps=4 has no effect with optimizer.schedule=constant"),
+    (
+        "sft",
+        ["parallel.recompute_layers=2"],
+        "parallel.recompute_layers=2 has no effect unless parallel.recompute=full",
+    ),
+    ("preference", ["preference.gt_reward_scale=2"], "preference.gt_reward_scale=2.0 has no effect on dpo and ipo"),
+    (
+        "preference",
+        ["preference.sft_average_log_probs=false"],
+        "preference.sft_average_log_probs=false has no effect with preference.sft_loss_weight=0",
+    ),
+    # formats
+    (
+        "sft",
+        ["data.train.mine.format=mesages"],
+        "data.train.mine.format is 'mesages', but must be one of auto, messages",
+    ),
+    ("reward", ["data.train.mine.format=nemo_rl"], "must be one of auto, nemo_aligner_label"),
+    ("preference", ["data.validation.v={path:rows.jsonl,format:helpsteer}"], "did you mean 'helpsteer3'?"),
+    # where the run goes
+    ("sft", ["run_dir=''"], "run_dir is empty: name the folder of the run"),
+    ("pipeline", ["run_dir=''"], "run_dir is empty"),
+    ("sft", ["experiment=../../etc"], "experiment is '../../etc', but names the run"),
+    ("sft", ["experiment=/tmp/x"], "experiment is '/tmp/x', but names the run"),
     # process
     ("sft", ["runtime.seed=-1"], "runtime.seed is -1"),
     ("sft", ["checkpoint.keep_last=0"], "at least 1 must stay"),
@@ -199,6 +240,7 @@ WRONG = [
     ),
     ("pipeline", ["cluster.kind=slrum"], "did you mean 'slurm'?"),
     ("pipeline", ["cluster.time_limit=soon"], "must be HH:MM:SS"),
+    ("pipeline", ["overrides=['parallel=tp3']"], "overrides: unknown parallel choice 'tp3'"),
     ("convert", ["to=hf"], "from and to are both hf"),
     ("convert", ["source=absent"], "source=absent does not exist"),
     ("convert", ["to=hugging"], "to is 'hugging', but must be one of hf, megatron"),
@@ -243,6 +285,24 @@ def test_wrong(verb, overrides, message):
         compose(verb, [*base, *texts])
     assert message in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_mistake_in_the_overrides_of_all_stages_is_said_once():
+    with pytest.raises(ConfigError) as caught:
+        compose("pipeline", [*GOOD["pipeline"], "overrides=['parallel=tp3']"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "preference", "score", "pretrain"])
+def test_sequences_are_as_long_as_the_model_by_default(verb):
+    base = [text for text in GOOD[verb] if not text.startswith("data.sequence_length")]
+    assert compose(verb, base).data.sequence_length == 1024
+
+
+def test_a_length_that_a_checkpoint_to_come_decides_stays_open():
+    base = [text for text in GOOD["preference"] if not text.startswith("data.sequence_length")]
+    config = compose("preference", [*base, "checkpoint.init_from=to_come"], check_files=False)
+    assert config.data.sequence_length is None
 
 
 def test_the_table_is_long_enough():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nemo_align.config.choices import ROW_FORMATS
 from nemo_align.data.chat import Dialogue, Message, Pair, Rated, RowError
 from nemo_align.data.row_formats.nemo_aligner import LABEL_SLOTS
 from nemo_align.data.row_formats.table import FORMATS, find_format
@@ -192,3 +193,8 @@ def test_a_named_format_must_be_known_and_fit() -> None:
         find_format({}, ("dialogue",), name="sharegpt")
     with pytest.raises(ValueError, match="alpaca needs instruction, output; the row has prompt"):
         find_format({"prompt": "q"}, ("dialogue",), name="alpaca")
+
+
+@pytest.mark.parametrize("verb, kind", [("sft", "dialogue"), ("reward", "rated"), ("preference", "pair")])
+def test_the_configuration_knows_every_format(verb, kind):
+    assert set(ROW_FORMATS[verb]) == {"auto"} | {form.name for form in FORMATS if form.kind == kind}

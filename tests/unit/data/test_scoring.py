@@ -24,7 +24,9 @@ def write(path: Path, *records: dict[str, Any]) -> RowsConfig:
 
 
 def score(source: RowsConfig, tokenizer: Tokenizer, folder: Path, **config: Any) -> TokenizedRows:
-    return tokenize_scoring(ScoreDataConfig(**config), source, tokenizer, cache_dir=folder / "cache", seed=3)
+    return tokenize_scoring(
+        ScoreDataConfig(**{"sequence_length": 4096} | config), source, tokenizer, cache_dir=folder / "cache", seed=3
+    )
 
 
 def finish(folder: Path, source: RowsConfig, rows: TokenizedRows, scores: np.ndarray) -> list[dict[str, Any]]:
@@ -61,7 +63,7 @@ def test_scored_pairs_train_rpo(tmp_path: Path, tokenizer: Tokenizer) -> None:
     finish(tmp_path, source, rows, np.array([[1.0, 0.0], [0.0, 1.0]]))
     scored = {"scored": RowsConfig(path=str(tmp_path / "out" / "scored.jsonl"))}
     where = {"cache_dir": tmp_path / "cache", "seed": 0, "preference_loss": "rpo_bwd_kl"}
-    trained = tokenize_preference(PreferenceDataConfig(), scored, tokenizer, **where)
+    trained = tokenize_preference(PreferenceDataConfig(sequence_length=4096), scored, tokenizer, **where)
     assert trained.targets["chosen_reward"][0] == np.float32(0.3), "our rewards go before older score_ columns"
     assert trained.targets["rejected_reward"][0] == np.float32(-0.7)
 

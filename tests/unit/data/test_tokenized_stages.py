@@ -20,6 +20,8 @@ from nemo_align.data.sft import tokenize_sft
 from nemo_align.data.tokenized_rows import TokenizedRows
 from nemo_align.data.tokenizer import Tokenizer
 
+LENGTH = {"sequence_length": 4096}
+
 
 class Workbench:
     """Writes rows to a file and tokenizes them."""
@@ -34,18 +36,18 @@ class Workbench:
 
     def sft(self, *records: dict[str, Any], **config: Any) -> TokenizedRows:
         where = {"cache_dir": self.folder / "cache", "seed": 0}
-        return tokenize_sft(SftDataConfig(**config), self.rows(*records), self.tokenizer, **where)
+        return tokenize_sft(SftDataConfig(**LENGTH | config), self.rows(*records), self.tokenizer, **where)
 
     def regression(
         self, *records: dict[str, Any], attributes: Sequence[str] = ("x", "y"), **config: Any
     ) -> TokenizedRows:
         where = {"cache_dir": self.folder / "cache", "seed": 0, "attributes": attributes}
-        return tokenize_regression(RewardDataConfig(**config), self.rows(*records), self.tokenizer, **where)
+        return tokenize_regression(RewardDataConfig(**LENGTH | config), self.rows(*records), self.tokenizer, **where)
 
     def preference(
         self, *records: dict[str, Any], loss: str = "dpo", select: dict | None = None, **config: Any
     ) -> TokenizedRows:
-        settings = PreferenceDataConfig(select=SelectConfig(**(select or {})), **config)
+        settings = PreferenceDataConfig(select=SelectConfig(**(select or {})), **LENGTH | config)
         where = {"cache_dir": self.folder / "cache", "seed": 0, "preference_loss": loss}
         return tokenize_preference(settings, self.rows(*records), self.tokenizer, **where)
 
@@ -86,7 +88,7 @@ def test_sft_is_the_rendered_dialogue(bench: Workbench, tokenizer: Tokenizer) ->
 def test_sources_follow_one_another(bench: Workbench, tmp_path: Path, tokenizer: Tokenizer) -> None:
     sources = bench.rows({"messages": chat("a", "b")}, {"messages": chat("c", "d")}, name="first")
     sources |= bench.rows({"prompt": "e", "completion": "f"}, name="second")
-    rows = tokenize_sft(SftDataConfig(), sources, tokenizer, cache_dir=tmp_path / "cache", seed=0)
+    rows = tokenize_sft(SftDataConfig(**LENGTH), sources, tokenizer, cache_dir=tmp_path / "cache", seed=0)
     assert rows.sources == ["first", "second"]
     assert rows.origins.tolist() == [[0, 1], [0, 2], [1, 1]]
     assert "first+second: 3 examples" in rows.summary()
@@ -157,7 +159,11 @@ def test_bad_rows_name_file_and_line(bench: Workbench) -> None:
         bench.sft()
     with pytest.raises(ValueError, match=r"does not exist"):
         tokenize_sft(
-            SftDataConfig(), {"a": RowsConfig(path="nowhere.jsonl")}, bench.tokenizer, cache_dir=bench.folder, seed=0
+            SftDataConfig(**LENGTH),
+            {"a": RowsConfig(path="nowhere.jsonl")},
+            bench.tokenizer,
+            cache_dir=bench.folder,
+            seed=0,
         )
     assert not list((bench.folder / "cache").glob("*sft_*")), "a failed build leaves nothing"
 

@@ -117,6 +117,8 @@ def test_a_run_directory_with_spaces_and_commas_survives_hydra(recipe, tmp_path)
 @pytest.mark.parametrize("value", ["plain/path-1.2", "with space", "it's", "a,b=c", "back\\slash"])
 def test_assignments_are_read_back_as_they_were(value):
     assert (
-        compose("convert", ["from=hf", "to=hf", "target=t", assignment("source", value)], check_files=False).source
+        compose(
+            "convert", ["from=hf", "to=megatron", "target=t", assignment("source", value)], check_files=False
+        ).source
         == value
     )
