@@ -1,5 +1,6 @@
 """TensorBoard and W&B: both at once, imported only when asked for, a clear error without the extra."""
 
+import subprocess
 import sys
 
 import pytest
@@ -9,8 +10,15 @@ from nemo_align.training.trackers import TensorBoard, numbers, open_trackers
 
 
 def test_nothing_is_imported_unless_asked_for(tmp_path):
-    assert open_trackers(TrackingConfig(), tmp_path, "e", {}) == []
-    assert "wandb" not in sys.modules
+    program = (
+        "import sys; from nemo_align.config.training import TrackingConfig; "
+        "from nemo_align.training.trackers import open_trackers; "
+        f"assert open_trackers(TrackingConfig(), {str(tmp_path)!r}, 'e', {{}}) == []; "
+        "print(sorted({'wandb', 'tensorboard'} & set(sys.modules)))"
+    )
+    # A process of its own: in this one another test, or Megatron-core, may have imported them.
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(("tracker", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
