@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Preference losses that fit the size of a reward gap, so every pair needs rewards.
+NEEDS_REWARDS = ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision.dtype": ("bf16", "fp32"),
     "precision.fp8": ("none", "delayed", "tensorwise", "blockwise"),
@@ -11,7 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.overlong": ("error", "drop", "truncate"),
     "data.select.inverted": ("error", "swap", "keep"),
     "data.select.ties": ("auto", "drop", "keep"),
-    "preference.preference_loss": ("dpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"),
+    "preference.preference_loss": ("dpo", "ipo", *NEEDS_REWARDS),
     "cluster.kind": ("local", "slurm"),
     "source_format": ("hf", "megatron"),
     "target_format": ("hf", "megatron"),

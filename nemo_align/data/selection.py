@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from nemo_align.config.choices import CHOICES
+from nemo_align.config.choices import CHOICES, NEEDS_REWARDS
 from nemo_align.config.data import SelectConfig
 from nemo_align.data.chat import Pair
-
-REWARD_AWARE = ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 
 
 class Selection:
@@ -21,14 +19,14 @@ class Selection:
                 raise ValueError(f"{key}: unknown value {value!r}; known: {', '.join(CHOICES[key])}")
         self._config = config
         self.needs_rewards = None
-        if preference_loss in REWARD_AWARE:
+        if preference_loss in NEEDS_REWARDS:
             self.needs_rewards = f"preference_loss={preference_loss}"
         elif config.min_chosen_reward is not None:
             self.needs_rewards = "data.select.min_chosen_reward"
         elif config.min_reward_gap is not None:
             self.needs_rewards = "data.select.min_reward_gap"
         # An equal pair teaches dpo and ipo a preference that is not there; for rpo it says "keep the margin at zero".
-        self.drops_ties = config.ties == "drop" or (config.ties == "auto" and preference_loss not in REWARD_AWARE)
+        self.drops_ties = config.ties == "drop" or (config.ties == "auto" and preference_loss not in NEEDS_REWARDS)
 
     def apply(self, pair: Pair, counts: Counter[str]) -> Pair | None:
         """The pair (swapped if so configured), or None if it is left out; either way it is counted.

@@ -23,30 +23,6 @@ from torch.distributed import ProcessGroup
 _CHUNK_TOKENS = {"cuda": 512, "cpu": 32}
 
 
-def vocab_parallel_log_probs(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    group: ProcessGroup | None,
-    vocab_size: int,
-    mask: Tensor | None = None,
-    num_masked_in: int | None = None,
-    chunk_tokens: int | None = None,
-    overwrite_logits: bool = False,
-) -> Tensor:
-    """fp32 [B, S]: log p(labels), differentiable in the logits; see `log_probs_and_hits` for the arguments."""
-    return log_probs_and_hits(
-        logits,
-        labels,
-        group=group,
-        vocab_size=vocab_size,
-        mask=mask,
-        num_masked_in=num_masked_in,
-        chunk_tokens=chunk_tokens,
-        overwrite_logits=overwrite_logits,
-    )[0]
-
-
 def log_probs_and_hits(
     logits: Tensor,
     labels: Tensor,

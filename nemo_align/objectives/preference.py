@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from nemo_align.config.choices import NEEDS_REWARDS
 from nemo_align.config.objectives import PreferenceConfig
 from nemo_align.objectives.output import ObjectiveOutput
 
@@ -65,7 +66,6 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rpo_sq": _rpo_sq,
 }
 PREFERENCE_LOSSES = (*_LOSSES, "ipo")
-NEEDS_REWARDS = ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 
 
 def preference_loss(kind: str, d: Tensor, reward_gap: Tensor | None, *, beta: float, eta: float = 1.0) -> Tensor:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from nemo_align.config.choices import NEEDS_REWARDS
 from nemo_align.config.stages import PreferenceStageConfig
 from nemo_align.data.batch import Batch
 from nemo_align.data.preference import tokenize_preference
 from nemo_align.objectives.output import ObjectiveOutput
-from nemo_align.objectives.preference import METRIC_NAMES, NEEDS_REWARDS, preference, response_log_probs
+from nemo_align.objectives.preference import METRIC_NAMES, preference, response_log_probs
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.stages.reference import reference_log_probs
