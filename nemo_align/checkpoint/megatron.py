@@ -53,6 +53,7 @@ def save(
     dtype: str,
     tokenizer: Saveable,
     final: bool,
+    fully_reshardable: bool = False,
 ) -> Path:
     """Write the checkpoint of `step` and publish it atomically; returns its folder.
 
@@ -63,8 +64,9 @@ def save(
         dtype: fp32 | bf16, of the weights.
         final: the end of a stage. Its optimizer state loads under any layout; periodic ones (False) are faster to write
             and load only where TP and PP are the same.
+        fully_reshardable: a periodic save whose optimizer state loads under any layout, as the final one's does.
     """
-    sharding = sharded_state.sharding_of(optimizer, final=final)
+    sharding = sharded_state.sharding_of(optimizer, fully=final or fully_reshardable)
     temporary = Path(on_main(topology, lambda: str(store.begin(run_dir, step))))
     content = sharded_state.model_state(model_chunks, sharding)
     if optimizer is not None:
@@ -254,7 +256,7 @@ def _damage(path: Path, manifest: dict, topology: Topology) -> list[str]:
 def _check_layout(path: Path, manifest: dict, optimizer, topology: Topology) -> str:
     """The sharding to load the optimizer with. Refuses what the save cannot serve."""
     saved = manifest["optimizer_sharding"]
-    distributed = sharded_state.sharding_of(optimizer, final=False) != "replicated"
+    distributed = sharded_state.sharding_of(optimizer, fully=False) != "replicated"
     if saved is None:
         raise ValueError(
             f"{path} holds weights only (converted, or saved without optimizer): use it as checkpoint.init_from"

@@ -52,7 +52,7 @@ def format_metadata(optimizer_sharding: str | None) -> dict:
     return metadata
 
 
-def sharding_of(optimizer: MegatronOptimizer | None, *, final: bool) -> str | None:
+def sharding_of(optimizer: MegatronOptimizer | None, *, fully: bool) -> str | None:
     """How the optimizer's state is cut in a save: what a later load may change of the layout depends on it.
 
     dp_reshardable: fast, for periodic saves; only the data-parallel size may change. fully_reshardable: any layout;
@@ -62,7 +62,7 @@ def sharding_of(optimizer: MegatronOptimizer | None, *, final: bool) -> str | No
         return None
     if not any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer)):
         return "replicated"
-    return "fully_reshardable" if final else "dp_reshardable"
+    return "fully_reshardable" if fully else "dp_reshardable"
 
 
 def model_state(model_chunks: list[torch.nn.Module], sharding: str | None) -> dict[str, dict]:

@@ -30,6 +30,7 @@ class TrainConfig:
     validate_at_start: bool = True  # also before the first step, to compare with
     log_every: int = 1  # steps between progress lines; metrics.jsonl has every step
     nonfinite: str = "error"  # a loss or gradient that is not finite: error | skip the step
+    nonfinite_limit: int = 10  # steps skipped one after another at which the run stops all the same
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from nemo_align.config.stages import PreferenceStageConfig, PretrainStageConfig, TrainStageConfig
+from nemo_align.config.training import TrainConfig
 
 
 def _packs(config: TrainStageConfig) -> bool:
@@ -28,6 +29,11 @@ _WITHOUT_EFFECT: tuple[tuple[str, Callable[[TrainStageConfig], bool], str], ...]
         "train.micro_batch_size",
         lambda c: _packs(c) and c.train.micro_batch_size != 1,
         "with train.packing=true: set train.micro_batch_tokens, or train.packing=false",
+    ),
+    (
+        "train.nonfinite_limit",
+        lambda c: c.train.nonfinite == "error" and c.train.nonfinite_limit != TrainConfig.nonfinite_limit,
+        "with train.nonfinite=error: set train.nonfinite=skip, or leave it out",
     ),
     (
         "optimizer.decay_steps",
@@ -73,6 +79,7 @@ def check_train(config: TrainStageConfig) -> Iterator[str]:
     """Batch sizes and the length of the stage."""
     train = config.train
     sizes = ("global_batch_size", "micro_batch_size", "max_steps", "validate_every", "log_every", "micro_batch_tokens")
+    sizes += ("nonfinite_limit",)
     wrong = [name for name in sizes if getattr(train, name) is not None and getattr(train, name) < 1]
     for name in wrong:
         yield f"train.{name} is {getattr(train, name)}, but must be at least 1"

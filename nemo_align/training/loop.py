@@ -18,7 +18,14 @@ from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
 from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.forward import validate
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
-from nemo_align.training.optimizer import ScheduleLength, build_optimizer, learning_rate, wrap_data_parallel
+from nemo_align.training.optimizer import (
+    ScheduleLength,
+    apply_gradients,
+    build_optimizer,
+    gradient_norm,
+    learning_rate,
+    wrap_data_parallel,
+)
 from nemo_align.training.result import read_result
 from nemo_align.training.schedule_step import StepOutcome, run_step
 from nemo_align.training.session import Session
@@ -106,13 +113,13 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outcome = run_step(self.model_chunks, step, self.task.objective, self.topology)
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        grad_norm = gradient_norm(self.optimizer)
         # The schedule counts examples, so its position after this batch gives the rate of this batch's update.
         self.scheduler.step(size)
         failure = self._failure(outcome, grad_norm)
         if failure is None:
-            self.optimizer.step()
+            apply_gradients(self.optimizer, grad_norm)
+            self.state.skipped_in_a_row = 0
         self.state.step += 1
         self.state.consumed_examples += size
         self.state.tokens += step.plan.real_tokens
@@ -138,7 +145,13 @@ class Trainer:
                 "rows of this step, or set train.nonfinite=skip to leave such steps out"
             )
         self.state.skipped_steps += 1
+        self.state.skipped_in_a_row += 1
         logger.warning("%s: update skipped (%d so far)", failure, self.state.skipped_steps)
+        if self.state.skipped_in_a_row >= self.config.train.nonfinite_limit:
+            raise ValueError(
+                f"{failure}: {self.state.skipped_in_a_row} steps in a row were not finite (train.nonfinite_limit): the "
+                "weights are at fault, not the rows. Start again from an older checkpoint with a lower optimizer.lr"
+            )
 
     def _validate(self) -> dict[str, float]:
         if not self.task.validation:
@@ -185,6 +198,7 @@ class Trainer:
             dtype=self.config.precision.dtype,
             tokenizer=self.task.tokenizer,
             final=final,
+            fully_reshardable=self.config.checkpoint.fully_reshardable,
         )
         if self.topology.is_main:
             apply_retention(self.session.run_dir, self.config.checkpoint.keep_last)

@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
@@ -122,6 +123,21 @@ def build_scheduler(
         wsd_decay_steps=length.wsd_decay,
         lr_wsd_decay_style="linear",
     )
+
+
+def gradient_norm(megatron_optimizer: MegatronOptimizer) -> float:
+    """Global norm of the step's gradients, which afterwards stand where `apply_gradients` takes them. Collective."""
+    megatron_optimizer.prepare_grads()  # its flag is that of a loss scaler, which bf16 and fp32 do without
+    return float(megatron_optimizer.get_grad_norm())
+
+
+def apply_gradients(megatron_optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip to `optimizer.clip_grad` and update. Megatron's own `step()` would prepare and measure them once more."""
+    for part in getattr(megatron_optimizer, "chained_optimizers", [megatron_optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    megatron_optimizer.step_with_ready_grads()
 
 
 def learning_rate(megatron_optimizer: MegatronOptimizer) -> float:

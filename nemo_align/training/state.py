@@ -15,6 +15,7 @@ class TrainState:
     train_seconds: float = 0.0  # inside training steps
     seconds: float = 0.0  # of all processes of this run until they saved, start-up included
     skipped_steps: int = 0  # steps with a loss or gradient that was not finite
+    skipped_in_a_row: int = 0  # of them, the last ones without a good step between
     validated_step: int = 0  # of the last validation
     initial_identity: str = ""  # of the weights that the run started from: a resume with others is refused
     data_fingerprint: str = ""  # of the training data: a resume with other data is refused

@@ -146,6 +146,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(layout, pool1, pool2,
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+def test_skipping_has_a_limit(pool1, poisoned, tmp_path):
+    """Counted in a row: a model that diverged gives nothing finite any more, and would be skipped for ever."""
+    overrides = [*poisoned, "train.nonfinite=skip", "train.nonfinite_limit=2"]
+    assert len(numbers(run_stage(pool1, "preference", tmp_path / "once", overrides), "train")) == 3
+    path = tmp_path / "all.jsonl"
+    rows = [json.loads(line) for line in (tmp_path / "poisoned.jsonl").read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "rejected_reward": -1e29}) + "\n" for row in rows))
+    with pytest.raises(RemoteError) as caught:
+        run_stage(pool1, "preference", tmp_path / "always", [*overrides, f"data.train.rows.path={path}"])
+    assert "step 2: loss inf" in str(caught.value) and "2 steps in a row were not finite" in str(caught.value)
+
+
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"data": 2}], ids=str)
 def test_adams_moments_are_carried_over_if_asked_for(layout, pool1, pool2, stage_inputs, policy, tmp_path):
     """The first gradient g is the same: moments from zero are (1 - beta) g, carried over they have beta m0 besides."""

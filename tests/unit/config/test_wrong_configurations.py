@@ -126,6 +126,8 @@ WRONG = [
     ("sft", ["train.epochs=null"], "set train.epochs (passes over the rows) or train.max_steps"),
     ("sft", ["train.epochs=-1"], "train.epochs is -1.0, but must be positive"),
     ("pretrain", ["train.epochs=1"], "train.epochs has no meaning for pretrain"),
+    ("sft", ["train.nonfinite=skip", "train.nonfinite_limit=0"], "train.nonfinite_limit is 0, but must be at least 1"),
+    ("sft", ["train.nonfinite_limit=3"], "train.nonfinite_limit=3 has no effect with train.nonfinite=error"),
     ("sft", ["train.nonfinite=ignore"], "train.nonfinite is 'ignore', but must be one of error, skip"),
     ("sft", ["data.sequence_length=2048"], "data.sequence_length 2048 is more than model.max_sequence_length 1024"),
     ("sft", ["train.micro_batch_tokens=500"], "train.micro_batch_tokens 500 does not hold one data.sequence_length"),
