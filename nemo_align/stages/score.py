@@ -26,11 +26,11 @@ from nemo_align.runtime.rank_order import rank_zero_first
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.stages.rows import cache_directory, packed_source
-from nemo_align.training.forward import forward_mode, forward_steps
+from nemo_align.training.cached_pass import compute_missing, open_cache
+from nemo_align.training.example_cache import ExampleCache
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.metrics import MetricsWriter
 from nemo_align.training.peak import peak_tflops
-from nemo_align.training.progress import Progress
 from nemo_align.training.result import StageResult, read_result, write_result
 from nemo_align.training.session import Session, open_session, resolve_initial
 from nemo_align.training.throughput import Throughput
@@ -46,10 +46,15 @@ class ReadScores:
 
     metric_names = ()
 
+    def __init__(self, names: tuple[str, ...]) -> None:
+        """`names`: one for each output of the head."""
+        self.names = names
+
     def __call__(self, output: Tensor, batch: Batch) -> ObjectiveOutput:
         predictions = read_predictions(output, batch.read_positions).detach()
         zero = predictions.new_zeros(())
-        return ObjectiveOutput(loss=zero, count=zero, examples={"predictions": predictions})
+        examples = dict(zip(self.names, predictions.unbind(dim=1), strict=True))
+        return ObjectiveOutput(loss=zero, count=zero, examples=examples)
 
 
 def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None:
@@ -65,7 +70,9 @@ def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None
             "give one weight for each, such as " + " ".join(f"weights.{name}=1" for name in reward.attributes)
         )
     session = open_session(config, topology, stop, reward=reward, load_head=True)
-    totals, outputs, num_examples = ForwardTotals(), {}, 0
+    names = tuple(f"score_{number}" for number in range(len(reward.attributes)))
+    cache = open_cache(session, cache_directory(session), kind="scores", names=names)
+    totals, outputs, num_examples, num_tokens = ForwardTotals(), {}, 0, 0
     for name, path in config.inputs.items():
         source = RowsConfig(path=path)
 
@@ -76,12 +83,13 @@ def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None
 
         rows = rank_zero_first(topology, tokenize)
         try:
-            scores = _score(session, name, rows, totals)
+            scores = _score(session, name, rows, cache, totals)
         except Stopped:
-            logger.info("stopped by a signal while scoring %s: it is scored again from its start", name)
+            logger.info("stopped by a signal while scoring %s: what was scored is cached", name)
             raise SystemExit(STOPPED_AFTER_SAVING) from None
         outputs[name] = f"{name}.jsonl"
         num_examples += len(rows)
+        num_tokens += int(rows.lengths.sum())
         if topology.is_main:
             target = session.run_dir / outputs[name]
             written = write_scored_rows(
@@ -94,7 +102,7 @@ def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None
                 seed=config.runtime.seed,
             )
             logger.info("%s: %d rows scored -> %s", name, written, target)
-    _write_result(session, totals, outputs, num_examples)
+    _write_result(session, totals, outputs, num_examples, num_tokens)
 
 
 def reward_of(reference: CheckpointReference) -> RewardConfig:
@@ -111,32 +119,21 @@ def reward_of(reference: CheckpointReference) -> RewardConfig:
     return reward
 
 
-def _score(session: Session, name: str, rows: TokenizedRows, totals: ForwardTotals) -> np.ndarray:
+def _score(session: Session, name: str, rows: TokenizedRows, cache: ExampleCache, totals: ForwardTotals) -> np.ndarray:
     """Scores [examples, attributes] in the order of the rows, on every rank."""
     config = session.config
     source = packed_source(
         session, rows, kind="responses", capacity=config.micro_batch_tokens or config.data.sequence_length
     )
-    steps = -(-len(rows) // EXAMPLES_PER_STEP)
-    parts = []
-    progress = Progress(f"score {name}", steps, enabled=session.topology.is_main)
-    with progress, forward_mode(session.model_chunks):
-        outcomes = forward_steps(
-            session.model_chunks,
-            source.evaluation(EXAMPLES_PER_STEP),
-            ReadScores(),
-            session.topology,
-            session.stop,
-            totals,
-            collect_examples=True,
-        )
-        for number, outcome in enumerate(outcomes, start=1):
-            parts.append(outcome.examples["predictions"])
-            progress.update(number)
-    return np.concatenate(parts)
+    steps = source.evaluation(EXAMPLES_PER_STEP)
+    compute_missing(session, f"score {name}", rows, steps, ReadScores(cache.names), cache, totals)
+    columns = cache.columns(rows.example_fingerprint(index) for index in range(len(rows)))
+    return np.stack([columns[name] for name in cache.names], axis=1)
 
 
-def _write_result(session: Session, totals: ForwardTotals, outputs: dict[str, str], num_examples: int) -> None:
+def _write_result(
+    session: Session, totals: ForwardTotals, outputs: dict[str, str], num_examples: int, num_tokens: int
+) -> None:
     config, topology = session.config, session.topology
     peak, source = peak_tflops(config.tracking, config.precision)
     throughput = Throughput(
@@ -159,7 +156,7 @@ def _write_result(session: Session, totals: ForwardTotals, outputs: dict[str, st
             verb="score",
             experiment=config.experiment,
             examples=num_examples,
-            tokens=totals.tokens,
+            tokens=num_tokens,
             seconds=session.elapsed(),
             layout=topology.layout(),
             input=config.checkpoint.init_from,

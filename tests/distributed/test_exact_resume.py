@@ -8,10 +8,12 @@ by an exception there (nothing is saved, as after SIGKILL, which tests/faults se
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.distributed.checkpoint_runs import assert_equal, weights_of
@@ -158,6 +160,29 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(name, pool1, pool2, stage_inpu
     assert parts.steps() == whole.steps()
     assert numbers(parts.records(), "validation") == numbers(whole.records(), "validation")
     assert_equal(parts.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("layout", [{}, {"data": 2}], ids=str)
+def test_scoring_goes_on_where_it_stopped(layout, pool1, pool2, stage_inputs, policy, tmp_path):
+    """520 responses are three batches; what was scored before the end is not scored again."""
+    pool = pool2 if layout else pool1
+    reward = Run("reward", tmp_path / "reward", make_run(CASES["reward"], stage_inputs, policy, tmp_path).overrides)
+    reward.start(pool1, {})
+    rows = [json.loads(line) for line in stage_inputs.rows("pairs").read_text().splitlines()][:26]
+    many = [{**row, "prompt": f"{row['prompt']} {number}"} for number in range(10) for row in rows]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in many))
+    overrides = [f"inputs.many={path}", "data.sequence_length=256", f"checkpoint.init_from={reward.run_dir}"]
+    overrides += [text for text in MODEL if text.startswith("precision")]
+    whole, parts = (Run("score", tmp_path / name, overrides) for name in ("whole", "parts"))
+    whole.start(pool, layout)
+    known = []
+    for end in (End(1), End(1, crash=False), None):
+        parts.start(pool, layout, end)
+        found = [np.load(part)["fingerprints"] for part in (parts.run_dir / "cache").glob("scores/*/part_*.npz")]
+        known.append(sum(len(fingerprints) for fingerprints in found))
+    assert known == [256, 512, 520]  # nothing twice
+    assert (parts.run_dir / "many.jsonl").read_bytes() == (whole.run_dir / "many.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("any_layout", [False, True])

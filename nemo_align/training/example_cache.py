@@ -1,8 +1,9 @@
-"""Reference log-probabilities on disk, computed once per stage (design: one model in memory, never two).
+"""What a forward-only pass computes for each example, on disk: reference log-probabilities, scores.
 
-Layout: `<cache>/reference/<key>/part_<n>.npz` with arrays `fingerprints` [n, 16] uint8 and one float32 array [n] per
-name, plus `about.json`. The key covers what changes the values: the checkpoint's manifest, number formats and
-kernels. A parallel layout changes them only by rounding, so another layout reuses them with a warning.
+Computed once (design: one model in memory, never two), published every few seconds, so an interrupted pass goes on
+where it stopped. Layout: `<cache>/<kind>/<key>/part_<n>.npz` with arrays `fingerprints` [n, 16] uint8 and one float32
+array [n] per name, plus `about.json`. The key covers what changes the values: the checkpoint's manifest, number
+formats and kernels. A parallel layout changes them only by rounding, so another layout reuses them with a warning.
 """
 
 from __future__ import annotations
@@ -28,13 +29,21 @@ logger = logging.getLogger("nemo_align")
 PUBLISH_SECONDS = 5.0
 
 
-class ReferenceCache:
+class ExampleCache:
     """Per-example float32 values keyed by the 16-byte fingerprint of the example's tokens and mask."""
 
-    def __init__(self, root: Path, *, identity: dict[str, str], layout: dict[str, int], names: tuple[str, ...]) -> None:
-        """`identity`: all that the values depend on. `names`: the values stored for each example."""
+    def __init__(
+        self, root: Path, *, kind: str, identity: dict[str, str], layout: dict[str, int], names: tuple[str, ...]
+    ) -> None:
+        """
+        Args:
+            kind: what the values are (reference_log_probs, scores), for the folder and messages.
+            identity: all that the values depend on.
+            names: of the values stored for each example.
+        """
         key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.directory = Path(root) / "reference" / key
+        self.directory = Path(root) / kind / key
+        self.kind = kind.replace("_", " ")
         self.names = names
         self._identity = identity
         self._layout = layout
@@ -63,7 +72,7 @@ class ReferenceCache:
                     fingerprints = np.ascontiguousarray(arrays["fingerprints"])
                     columns = [arrays[name] for name in self.names]
             except Exception as error:  # whatever a damaged zip raises: its examples are computed again
-                logger.warning("reference log-probabilities in %s cannot be read (%s): computed again", part, error)
+                logger.warning("%s in %s cannot be read (%s): computed again", self.kind, part, error)
                 continue
             for row, values in zip(fingerprints, zip(*columns, strict=True), strict=True):
                 self._values[row.tobytes()] = tuple(float(value) for value in values)
@@ -123,8 +132,9 @@ class ReferenceCache:
         earlier = json.loads(about.read_text())["layout"]
         if earlier != self._layout:
             logger.warning(
-                "reference log-probabilities were computed under the layout %s and are reused under %s: "
-                "they agree to rounding, so the first loss may differ from its closed form by as much",
+                "%s were computed under the layout %s and are reused under %s: they agree to rounding, so the first "
+                "preference loss may differ from its closed form by as much",
+                self.kind,
                 earlier,
                 self._layout,
             )

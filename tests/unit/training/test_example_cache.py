@@ -1,19 +1,19 @@
-"""Reference log-probabilities on disk: exact, resumable, keyed by what they depend on."""
+"""Values per example on disk: exact, resumable, keyed by what they depend on."""
 
 import numpy as np
 
-from nemo_align.training.reference_cache import ReferenceCache
+from nemo_align.training.example_cache import ExampleCache
 
 IDENTITY = {"checkpoint": "abc", "dtype": "fp32"}
 LAYOUT = {"tensor": 1, "pipeline": 1}
 KEYS = [bytes([number]) * 16 for number in range(5)]
 
 
-def open_cache(root, identity=IDENTITY, layout=LAYOUT) -> ReferenceCache:
-    return ReferenceCache(root, identity=identity, layout=layout, names=("chosen", "rejected"))
+def open_cache(root, identity=IDENTITY, layout=LAYOUT) -> ExampleCache:
+    return ExampleCache(root, kind="reference", identity=identity, layout=layout, names=("chosen", "rejected"))
 
 
-def fill(cache: ReferenceCache, keys: list[bytes], offset: float = 0.0) -> None:
+def fill(cache: ExampleCache, keys: list[bytes], offset: float = 0.0) -> None:
     values = np.arange(len(keys), dtype=np.float32) / 3 + offset
     cache.add(keys, {"chosen": values, "rejected": -values}, write=True)
     cache.flush()
