@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import asdict
 
 from nemo_align.checkpoint.agreement import on_main
 from nemo_align.checkpoint.megatron import load_training, newest_resumable, save
 from nemo_align.checkpoint.store import apply_retention
 from nemo_align.config.stages import TrainStageConfig
+from nemo_align.runtime import watchdog
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
 from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.forward import validate
@@ -66,6 +68,8 @@ class Trainer:
         Exits the process, after saving, when asked to stop.
         """
         resumed = self._resume()
+        self.session.stop.leave_if_agreed(self.topology)
+        watchdog.beat("measuring the machine")
         written = on_main(self.topology, lambda: read_result(self.session.run_dir) is not None)
         if self.state.step == self.num_steps and written:
             return None
@@ -105,6 +109,7 @@ class Trainer:
 
     def _step(self) -> None:
         begin = time.perf_counter()
+        watchdog.beat(f"training step {self.state.step + 1}")
         size = min(
             self.batches.batch_size(self.state.consumed_examples), self.num_examples - self.state.consumed_examples
         )
@@ -180,9 +185,11 @@ class Trainer:
             for chunk in self.model_chunks:  # else the last update would be gathered by the next forward pass only
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
+        watchdog.beat(f"saving step {self.state.step}")
         now = time.monotonic()
         self.state.seconds += now - self._counted_until
         self._counted_until = now
+        self.state.validation_totals = asdict(self.validation_totals)
         self.telemetry.progress.pause()
         save(
             self.session.run_dir,
@@ -205,6 +212,7 @@ class Trainer:
         self.telemetry.progress.resume()
 
     def _resume(self) -> bool:
+        watchdog.beat("loading the newest checkpoint")
         newest = newest_resumable(self.session.run_dir, self.topology)
         if newest is None:
             return False
@@ -217,6 +225,7 @@ class Trainer:
             verify=False,  # just verified
         )
         self.state = TrainState.from_dict(values)
+        self.validation_totals = ForwardTotals(**self.state.validation_totals)
         if self.state.data_fingerprint != self.task.train.fingerprint:
             raise ValueError(
                 f"the training data changed since the checkpoint {newest}: a resumed run would read other rows than "

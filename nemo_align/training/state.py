@@ -20,6 +20,7 @@ class TrainState:
     initial_identity: str = ""  # of the weights that the run started from: a resume with others is refused
     data_fingerprint: str = ""  # of the training data: a resume with other data is refused
     first_validation: dict[str, float] = field(default_factory=dict)  # metrics at step 0, for the stage's result
+    validation_totals: dict[str, float] = field(default_factory=dict)  # of all validations, for their throughput
     throughput: dict[str, float] = field(default_factory=dict)  # running totals behind the stage's MFU
 
     def to_dict(self) -> dict:

@@ -77,7 +77,7 @@ CASES = {
     "bf16_overlap": Case(
         "sft",
         {"data": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
-        (EIGHT, "precision.dtype=bf16"),
+        (EIGHT, "precision.dtype=bf16", "train.validate_every=3"),
         (End(5), End(1, crash=False)),
     ),
 }
@@ -141,8 +141,8 @@ class Run:
 
 def make_run(case: Case, inputs: StageInputs, policy: Path, run_dir: Path, *extra: str) -> Run:
     precision = [text for text in MODEL if text.startswith("precision")]
-    overrides = [*precision, *stage_overrides(inputs, case.verb), f"checkpoint.init_from={policy}", *case.extra]
-    overrides += ["checkpoint.save_every=3", "train.validate_at_start=false", "train.validate_every=null", *extra]
+    overrides = [*precision, *stage_overrides(inputs, case.verb), f"checkpoint.init_from={policy}"]
+    overrides += ["checkpoint.save_every=3", "train.validate_at_start=false", *case.extra, *extra]
     return Run(case.verb, run_dir, overrides)
 
 
@@ -160,6 +160,11 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(name, pool1, pool2, stage_inpu
     assert parts.steps() == whole.steps()
     assert numbers(parts.records(), "validation") == numbers(whole.records(), "validation")
     assert_equal(parts.weights(), whole.weights())
+    results = [json.loads((run.run_dir / "result.json").read_text()) for run in (parts, whole)]
+    for name in ("steps", "examples", "tokens", "first", "last"):
+        assert results[0][name] == results[1][name], name
+    validated = [result["forward_only"]["validation"]["tokens"] for result in results]
+    assert validated[0] == validated[1]  # of all processes of the run
 
 
 @pytest.mark.parametrize("layout", [{}, {"data": 2}], ids=str)
