@@ -83,14 +83,23 @@ def read_manifest(folder: Path) -> dict:
         raise ValueError(f"{path}: format is {manifest.get('format')!r}, this version reads {FORMAT}")
     if missing := [key for key in REQUIRED_KEYS if key not in manifest]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: the checkpoint is damaged, use an older one")
-    for name, entry in manifest["files"].items():
-        if name.startswith("/") or ".." in name.split("/"):
+    if not isinstance(manifest["files"], dict):
+        raise ValueError(f"{path}: files is no table: the checkpoint is damaged, use an older one")
+    tokenizer = manifest["tokenizer"]
+    for name in [*manifest["files"], *([] if tokenizer is None else [tokenizer])]:
+        if not isinstance(name, str) or leaves_folder(name):
             raise ValueError(f"{path}: file name {name!r} leaves the checkpoint's folder")
+    for name, entry in manifest["files"].items():
         if not (
             isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("blake2b"), str)
         ):
             raise ValueError(f"{path}: files[{name!r}] must have bytes and blake2b")
     return manifest
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a relative file name with '/' points outside of the folder that it is relative to."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 def check_sizes(folder: Path, manifest: dict) -> list[str]:

@@ -28,6 +28,7 @@ TEMPORARY = ".tmp-"
 REPLACED = ".replaced"  # suffix of a whole checkpoint while a new one of the same step takes its place
 _STEP = re.compile(r"step_(\d{7,})$")
 _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 16, 1 << 26
+_LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 
 logger = logging.getLogger("nemo_align")
 
@@ -146,6 +147,11 @@ def resolve(path: Path | str) -> CheckpointReference:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; {_nearest(path)}")
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is a file: archives (.nemo, .zip, .tar) and pickled weights are not opened. Name a run directory, "
+            "a checkpoint, or a Hugging Face folder with .safetensors"
+        )
     if (path / MANIFEST_FILE).exists() and (path / "metadata.json").exists():
         manifest = read_manifest(path)
         if problems := check_sizes(path, manifest):
@@ -192,7 +198,9 @@ def manifest_hash(reference: CheckpointReference | Path | str) -> str:
         digest.update(f"{path.name}:{size};".encode())
         with open(path, "rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(min(header, size)))
+            if header > _LONGEST_HEADER:
+                raise ValueError(f"{path} is not a whole safetensors file: its header claims {header:,} bytes")
+            digest.update(stream.read(header))
             for offset in range(8 + header, size, _SAMPLE_EVERY):
                 stream.seek(offset)
                 digest.update(stream.read(_SAMPLE_BYTES))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_align.config import build, initial_model, overrides, schema, sources, suggest, validation
+from nemo_align.config import build, initial_model, overrides, schema, sources, suggest, untrusted, validation
 from nemo_align.config.errors import ConfigError
 from nemo_align.config.schema import MISSING, VERBS
 
@@ -81,7 +81,8 @@ def load_resolved(verb: str, path: Path | str) -> Any:
     from yaml import YAMLError
 
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        # Everything was resolved before it was written: what looks like an interpolation here is text.
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from None
     if not isinstance(tree, dict):
@@ -127,7 +128,10 @@ def _compose_with_hydra(verb: str, parsed: Sequence[overrides.Override]) -> _Com
     around = GlobalHydra.instance().hydra  # of the sweep that this job belongs to
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(sources.conf_dir()), version_base="1.3", job_name="nemo-align"):
+        with (
+            initialize_config_dir(str(sources.conf_dir()), version_base="1.3", job_name="nemo-align"),
+            untrusted.closed_environment(),
+        ):
             tree = OmegaConf.to_container(hydra_compose(verb, texts), resolve=False)
             loader = GlobalHydra.instance().config_loader()
             defaults = loader.compute_defaults_list(verb, texts, RunMode.RUN).defaults
@@ -141,6 +145,7 @@ def _compose_with_hydra(verb: str, parsed: Sequence[overrides.Override]) -> _Com
         for default in defaults
         if default.config_path is not None
     ]
+    untrusted.refuse_hydra_settings(files)
     return _Composed({str(key): value for key, value in tree.items()}, files)
 
 
@@ -159,23 +164,25 @@ def _resolve(
 
     cls = VERBS[verb]
     try:
-        merged = OmegaConf.merge(OmegaConf.create(build.defaults_tree(cls)), OmegaConf.create(tree))
-        initial = None
-        init_from = _init_from(OmegaConf.to_container(merged, resolve=False))
-        if init_from is not None:
-            init_from = merged.checkpoint.init_from  # with its interpolations replaced
-            if check_files or Path(init_from).exists():
-                initial = initial_model.read(Path(init_from))
-                chosen = tree.get("model") or {}
-                for key, value in initial.model.items():
-                    if key not in chosen or chosen[key] == MISSING:
-                        merged.model[key] = value
-                initial.refuse_conflicts({key: merged.model[key] for key in chosen})
-                if merged.data.tokenizer is None:
-                    merged.data.tokenizer = initial.tokenizer
-        resolved = OmegaConf.to_container(merged, resolve=True)
+        with untrusted.closed_environment():
+            merged = OmegaConf.merge(OmegaConf.create(build.defaults_tree(cls)), OmegaConf.create(tree))
+            initial = None
+            init_from = _init_from(OmegaConf.to_container(merged, resolve=False))
+            if init_from is not None:
+                init_from = merged.checkpoint.init_from  # with its interpolations replaced
+                if check_files or Path(init_from).exists():
+                    initial = initial_model.read(Path(init_from))
+                    chosen = tree.get("model") or {}
+                    for key, value in initial.model.items():
+                        if key not in chosen or chosen[key] == MISSING:
+                            merged.model[key] = value
+                    initial.refuse_conflicts({key: merged.model[key] for key in chosen})
+                    if merged.data.tokenizer is None:
+                        merged.data.tokenizer = initial.tokenizer
+            resolved = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
+        said = _first_line(error).removeprefix("ValueError raised while resolving interpolation: ")
+        raise ConfigError(f"{error.full_key}: {said}") from None
     assert isinstance(resolved, dict)
     return initial, {str(key): value for key, value in resolved.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from nemo_align.config import overrides, sources
 from nemo_align.config.compose import hydra_message, search_path_overrides
 from nemo_align.config.errors import ConfigError
+from nemo_align.config.untrusted import closed_environment, refuse_hydra_settings
 
 # Our run directory holds what Hydra would write, and our logger what it would log.
 _QUIET = {
@@ -80,6 +82,36 @@ def _call_hydra(verb: str, arguments: list[str], task: Callable[[object], None])
     before = sys.argv
     sys.argv = [before[0], *arguments]  # hydra.main reads nothing else
     try:
-        hydra.main(version_base="1.3", config_path=str(sources.conf_dir()), config_name=verb)(task)()
+        with closed_environment():
+            _refuse_hydra_settings(verb, arguments)
+            hydra.main(version_base="1.3", config_path=str(sources.conf_dir()), config_name=verb)(task)()
     finally:
         sys.argv = before
+
+
+def _refuse_hydra_settings(verb: str, arguments: Sequence[str]) -> None:
+    """Refuse files that set Hydra, in every combination of the swept choices: `hydra.main` calls what they name."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    choices = []
+    for text in (text for text in arguments if "=" in text):
+        key, _, value = text.partition("=")
+        is_choice = key.lstrip("+~").partition("@")[0] in sources.groups() and not value.startswith("[")
+        choices.append([f"{key}={one}" for one in value.split(",")] if is_choice else [text])
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(sources.conf_dir()), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            for texts in itertools.product(*choices):
+                defaults = loader.compute_defaults_list(verb, list(texts), RunMode.RUN).defaults
+                refuse_hydra_settings(
+                    [(default.config_path, default.package or "") for default in defaults if default.config_path]
+                )
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(hydra_message(error)) from None
+    finally:
+        GlobalHydra.instance().clear()

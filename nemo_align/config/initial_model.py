@@ -64,6 +64,11 @@ def read(init_from: Path) -> InitialCheckpoint:
     """
     if not init_from.exists():
         raise ConfigError(f"checkpoint.init_from={init_from} does not exist{_what_exists(init_from)}")
+    if not init_from.is_dir():
+        raise ConfigError(
+            f"checkpoint.init_from={init_from} is a file: archives (.nemo, .zip, .tar) and pickled weights are not "
+            "opened. Name a run directory, a checkpoint, or a Hugging Face folder with .safetensors"
+        )
     folder = _newest(init_from)
     if (folder / "manifest.json").is_file():
         return _read_megatron(folder)
@@ -95,6 +100,8 @@ def _read_megatron(folder: Path) -> InitialCheckpoint:
         differing = sorted(known ^ set(model)) if isinstance(model, dict) else ["model"]
         raise ConfigError(f"{path} was not written by this version: {', '.join(differing)} missing or unknown")
     tokenizer = manifest.get("tokenizer")
+    if tokenizer is not None and (not isinstance(tokenizer, str) or {"..", "/"} & set(Path(tokenizer).parts)):
+        raise ConfigError(f"{path}: tokenizer {tokenizer!r} leaves the checkpoint's folder")
     return InitialCheckpoint(
         "megatron", folder, model, manifest.get("reward"), str(folder / tokenizer) if tokenizer else None
     )

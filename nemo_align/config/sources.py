@@ -81,6 +81,22 @@ def place_of(key: str, files: Iterable[tuple[str, str]]) -> str | None:
     return place
 
 
+def hydra_place(config_path: str, package: str) -> str | None:
+    """`file:line` where a merged file sets Hydra's own configuration; None if it does not, or is Hydra's own."""
+    path = _file("", config_path)
+    if path is None:
+        return None
+    if package == "hydra" or package.startswith("hydra."):
+        return f"{path}:1"
+    import yaml
+
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if str(key.value) == "hydra" or str(key.value).startswith("hydra."):
+            return f"{path}:{key.start_mark.line + 1}"
+    return None
+
+
 def _file(group: str, choice: str) -> Path | None:
     return next((p for folder in search_dirs() if (p := folder / group / f"{choice}.yaml").is_file()), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,5 +122,7 @@ def _check_inputs(config: ScoreStageConfig, check_files: bool) -> Iterator[str]:
     if not config.inputs:
         yield "inputs is empty: name the rows to score. Example: inputs.pairs=pairs.jsonl"
     for name, path in config.inputs.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            yield f"inputs.{name}: the name becomes a file, so use letters, digits, _, - and ."
         if check_files and not Path(path).exists():
             yield f"inputs.{name}={path} does not exist"

@@ -26,6 +26,7 @@ from nemo_align.config.data import BlendSourceConfig, IndexedSourceConfig
 from nemo_align.data.batch import Batch
 from nemo_align.data.collate import collate_rows
 from nemo_align.data.indexed import IndexedDatasetInfo, check_indexed_dataset
+from nemo_align.data.plain_arrays import load_array, without_pickles
 from nemo_align.data.sampler import EpochSampler
 from nemo_align.data.source import Step
 from nemo_align.data.step_plan import StepLayout, plan_windows
@@ -45,6 +46,23 @@ class PretrainingPhase:
     num_samples: int
 
 
+def check_pretraining_files(
+    phases: Sequence[PretrainingPhase],
+    validation: Mapping[str, IndexedSourceConfig],
+    vocab_size: int,
+    *,
+    contents: bool,
+) -> None:
+    """Refuse what the sources below could not read right. ValueError names key or file and the remedy.
+
+    `contents` reads indices and token ids too, not just headers and sizes: work for one rank, before whose verdict no
+    other may enter Megatron-core's barriers (`rank_zero_first`)."""
+    for phase in phases:
+        _check_blend(phase, vocab_size, contents=contents)
+    for source in validation.values():
+        check_indexed_dataset(source.path, vocab_size=vocab_size, contents=contents)
+
+
 class PretrainingSource:
     """Steps over the phases, one after another; sample numbers run through all of them."""
 
@@ -61,13 +79,14 @@ class PretrainingSource:
         data_rank: int,
     ) -> None:
         """Build on every rank: rank 0 writes the sample indices to `cache_dir`, then the others read them, so that the
-        folder must be visible to all. `layout.capacity` is the sequence length. Raises ValueError for unusable files.
+        folder must be visible to all. `layout.capacity` is the sequence length. Raises ValueError for files whose
+        headers are wrong; their contents are `check_pretraining_files`' to check, before.
 
         More than one source in a phase needs an initialised process group (as Megatron-core 0.16 does)."""
         assert phases and all(phase.num_samples > 0 for phase in phases), phases
         self.layout = layout
         self.data_rank = data_rank
-        infos = [_check_blend(phase, tokenizer.vocab_size) for phase in phases]
+        infos = [_check_blend(phase, tokenizer.vocab_size, contents=False) for phase in phases]
         self.fingerprint = _fingerprint(phases, infos, layout.capacity, seed, tokenizer)
         # Megatron-core's cache knows its data by path alone: files written anew under the same name would be read with
         # the old indices. The folder's name holds their sizes.
@@ -111,7 +130,7 @@ class HeldOutSource:
     ) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        info = check_indexed_dataset(source.path, vocab_size=tokenizer.vocab_size, contents=_is_rank_zero())
+        info = check_indexed_dataset(source.path, vocab_size=tokenizer.vocab_size, contents=False)
         self.layout = layout
         self.data_rank = data_rank
         self.num_tokens = info.num_tokens
@@ -193,21 +212,22 @@ def _build(
         create_attention_mask=False,  # S x S per sample; our kernels are causal
     )
     sizes = [phase.num_samples, 0, 0]  # training, validation, test
-    dataset = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+    # Every rank reads the indices, and between the check of rank 0 and that reading a file could be swapped.
+    with without_pickles():
+        dataset = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
     assert len(dataset) >= phase.num_samples, (phase.name, len(dataset), phase.num_samples)
     logger.info("phase %s: %d samples of %d tokens", phase.name, phase.num_samples, sequence_length)
     return dataset
 
 
-def _check_blend(phase: PretrainingPhase, vocab_size: int) -> list[IndexedDatasetInfo]:
+def _check_blend(phase: PretrainingPhase, vocab_size: int, *, contents: bool) -> list[IndexedDatasetInfo]:
     if not phase.blend:
         raise ValueError(f"data.phases.{phase.name}.blend: name at least one source")
     for name, source in phase.blend.items():
         if not source.weight > 0:
             raise ValueError(f"data.phases.{phase.name}.blend.{name}.weight={source.weight}: must be above 0")
     return [
-        check_indexed_dataset(source.path, vocab_size=vocab_size, contents=_is_rank_zero())
-        for source in phase.blend.values()
+        check_indexed_dataset(source.path, vocab_size=vocab_size, contents=contents) for source in phase.blend.values()
     ]
 
 
@@ -216,9 +236,9 @@ def _drop_damaged(cache: Path) -> None:
     objects: Megatron-core 0.16 would unpickle them, and what it writes itself are plain integers."""
     for file in cache.glob("*.npy"):
         try:
-            np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            logger.warning("%s is damaged (%s): built again", file, error)
+            load_array(file, remedy="built again")
+        except ValueError as error:
+            logger.warning("%s", error)
             file.unlink()
 
 

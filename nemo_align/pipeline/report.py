@@ -36,7 +36,8 @@ HELD_OUT_CHARTS: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], .
 
 def write_report(run_dir: Path, manifest: Manifest) -> Path:
     """Write <run_dir>/report.html from the manifest and the stages' metrics.jsonl; returns its path."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     from nemo_align.pipeline import charts
 
@@ -47,7 +48,7 @@ def write_report(run_dir: Path, manifest: Manifest) -> Path:
         for record in manifest.stages
         if record.peak_tflops
     }
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+    page = ImmutableSandboxedEnvironment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
         PAGE.read_text(encoding="utf-8")
     )
     text = page.render(

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -128,7 +129,12 @@ class HuggingFaceWeights:
 
     def _read_kept_head(self) -> dict[str, Tensor]:
         path = self.folder / reward_head.HEAD_FILE
-        return load_file(path) if self.has_head and path.is_file() else {}
+        if not (self.has_head and path.is_file()):
+            return {}
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
     def _check(self) -> None:
         expected = {

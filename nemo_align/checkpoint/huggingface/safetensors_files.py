@@ -31,7 +31,9 @@ class SafetensorsFolder:
         if index.is_file():
             try:
                 self._files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+                if not all(isinstance(file, str) for file in self._files.values()):
+                    raise TypeError("weight_map names something else than files")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{index} is damaged: {error!r}") from None
             for file in set(self._files.values()):
                 if "/" in file or not (self.folder / file).is_file():

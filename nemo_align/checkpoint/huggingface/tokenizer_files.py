@@ -17,6 +17,8 @@ from nemo_align.data.tokenizer import Tokenizer as OurTokenizer
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+# What a tokenizer's folder may hand on to an export: vocabularies and settings, never code or pickles.
+_COPIED = (".json", ".model", ".txt")
 
 
 def write_tokenizer(source: Path, target: Path, *, is_reward: bool, max_length: int) -> OurTokenizer:
@@ -25,11 +27,14 @@ def write_tokenizer(source: Path, target: Path, *, is_reward: bool, max_length: 
     A tokenizer that is Hugging Face's already is copied as it is, with our chat template.
     """
     tokenizer = load_tokenizer(source)
-    for path in source.iterdir():
-        if path.is_file() and path.name not in ("config.json", "generation_config.json"):
+    for path in sorted(source.iterdir()):
+        if path.suffix in _COPIED and path.is_file() and path.name not in ("config.json", "generation_config.json"):
+            if path.is_symlink():  # what lies elsewhere on this machine must not be published with the model
+                raise ValueError(f"{path} is a link; put the file itself there")
             shutil.copyfile(path, target / path.name)
     template = REWARD_CHAT_TEMPLATE_JINJA if is_reward else CHAT_TEMPLATE_JINJA
     (target / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    _ours_alone(target / "tokenizer_config.json", template)
     if (target / "tokenizer.json").exists():
         return tokenizer
     processor = sentencepiece.SentencePieceProcessor(model_file=str(source / SENTENCEPIECE_FILE))
@@ -55,6 +60,16 @@ def write_tokenizer(source: Path, target: Path, *, is_reward: bool, max_length: 
     text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2, ensure_ascii=False)
     (target / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     return tokenizer
+
+
+def _ours_alone(config: Path, template: str) -> None:
+    """Take out of a tokenizer_config.json what names code to run, and put our chat template in place of its own."""
+    if not config.is_file():
+        return
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("auto_map", None)
+    values["chat_template"] = template
+    config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def fast_tokenizer(model: bytes) -> Tokenizer:

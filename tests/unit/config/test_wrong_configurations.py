@@ -180,7 +180,11 @@ WRONG = [
     ("preference", ["checkpoint.init_from=null", "model=tiny"], "checkpoint.init_from is missing: the policy"),
     # initial weights
     ("sft", ["checkpoint.init_from=absent"], "checkpoint.init_from=absent does not exist"),
-    ("sft", ["checkpoint.init_from=rows.jsonl"], "is not a run directory with a checkpoint"),
+    (
+        "sft",
+        ["checkpoint.init_from=rows.jsonl"],
+        "is a file: archives (.nemo, .zip, .tar) and pickled weights are not opened",
+    ),
     ("sft", ["checkpoint.init_from=run", "model.num_layers=8"], "model.num_layers is 8 but 4 in the checkpoint"),
     ("sft", ["checkpoint.load_optimizer=true"], "checkpoint.load_optimizer=true needs checkpoint.init_from"),
     ("score", ["checkpoint.init_from=run"], "is not a reward model"),
