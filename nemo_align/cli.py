@@ -289,7 +289,14 @@ def _start_workers(verb: str, config: Any) -> int:
     check_data_parallel(config, data)
     _claim(verb, config)
     command = [sys.executable, "-m", "nemo_align.worker", verb, str(Path(config.run_dir) / CONFIG_FILE)]
-    return local_launch.launch(command, num_workers, Path(config.run_dir) / "logs")
+    return local_launch.launch(
+        command,
+        num_workers,
+        Path(config.run_dir) / "logs",
+        run_dir=config.run_dir,
+        max_restarts=config.runtime.max_restarts,
+        hang_seconds=60.0 * config.runtime.hang_timeout_minutes,
+    )
 
 
 def _refuse_too_many(num_workers: int, num_gpus: int) -> None:

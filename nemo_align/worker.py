@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 # No torch up here: the signal handlers come before the seconds that importing it takes.
 from nemo_align.config.errors import raised_by_this_package
-from nemo_align.runtime import exit_codes, launch_environment, logs
+from nemo_align.runtime import exit_codes, launch_environment, logs, watchdog
 from nemo_align.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def main(verb: str, config_path: str | Path) -> int:
         if any(text in str(error) for text in _BROKEN_CONNECTION):
             time.sleep(_BROKEN_CONNECTION_SECONDS)
         return exit_codes.FAILURE
+    finally:
+        watchdog.stop()
     return code
 
 
@@ -75,11 +77,18 @@ def _run(
 
     config = load_resolved(verb, config_path)
     logs.setup(config.run_dir, environment.rank, shared_stderr=environment.source != "local")
+    hang_seconds = 60.0 * config.runtime.hang_timeout_minutes
+    watchdog.start(config.run_dir, environment.rank, environment.world_size, hang_seconds)
+    watchdog.beat("importing torch")
 
+    from nemo_align.checkpoint.agreement import gather
     from nemo_align.runtime import device, topology
 
     device.install()
+    watchdog.beat("meeting the other ranks")
     grid = topology.initialize(config.parallel, config.runtime, environment)
+    watchdog.know(gather(watchdog.place()))
+    watchdog.beat("importing the stage")
     stage = importlib.import_module(f"nemo_align.stages.{verb}")
     try:
         afterwards = stage.run(config, grid, stop)

@@ -27,6 +27,8 @@ FREE_KEYS = (
     "train.validate_every",
     "train.validate_at_start",
     "runtime.distributed_timeout_minutes",
+    "runtime.hang_timeout_minutes",
+    "runtime.max_restarts",
     "data.cache_dir",
     "data.validation*",
 )

@@ -36,5 +36,7 @@ class RuntimeConfig:
 
     seed: int = 1234  # of initial weights and data order
     distributed_timeout_minutes: float = 30.0  # a collective that waits longer fails
+    hang_timeout_minutes: float = 20.0  # without progress for so long every rank writes its stacks and ends; 0: off
+    max_restarts: int = 3  # of local workers in a row without progress, after a hang or a worker killed by a signal
     threads: int | None = None  # CPU threads per worker; null: cores / workers without a GPU, torch's default with one
     deterministic: bool = False  # torch.use_deterministic_algorithms

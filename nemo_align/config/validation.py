@@ -197,6 +197,14 @@ def _check_process(config: WorkerConfig) -> Iterator[str]:
         yield f"runtime.seed is {runtime.seed}, but must lie in 0 .. 2^31 - 1"
     if not runtime.distributed_timeout_minutes > 0:
         yield f"runtime.distributed_timeout_minutes is {runtime.distributed_timeout_minutes}, but must be positive"
+    elif not 0 <= runtime.hang_timeout_minutes < runtime.distributed_timeout_minutes:
+        yield (
+            f"runtime.hang_timeout_minutes is {runtime.hang_timeout_minutes}, but must lie below "
+            f"runtime.distributed_timeout_minutes={runtime.distributed_timeout_minutes}, so that a hang shows its "
+            "stacks before the collectives fail (0: no watch)"
+        )
+    if runtime.max_restarts < 0:
+        yield f"runtime.max_restarts is {runtime.max_restarts}, but must not be negative (0: never restart)"
     if runtime.threads is not None and runtime.threads < 1:
         yield f"runtime.threads is {runtime.threads}, but must be at least 1 (null: cores / workers)"
     if isinstance(config, TrainStageConfig):

@@ -5,14 +5,24 @@ Imports no torch at the top: the handlers must be there before the seconds that 
 
 from __future__ import annotations
 
+import logging
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_align.runtime.topology import Topology
 
+from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
+from nemo_align.runtime.logs import LOGGER_NAME
+
+logger = logging.getLogger(LOGGER_NAME)
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_asked: Callable[[], bool] | None = None
 
 
 class StopRequest:
@@ -50,3 +60,29 @@ class StopRequest:
         asked = torch.tensor(int(self.requested), dtype=torch.int32, device=topology.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
+
+    def leave_if_agreed(self, topology: Topology) -> None:
+        """End the process where there is nothing to save yet, if any rank was asked to. A collective over all ranks."""
+        if self.agreed(topology):
+            if topology.is_main:
+                logger.info("stopped by a signal before the first step")
+            raise SystemExit(STOPPED_AFTER_SAVING)
+
+
+@contextmanager
+def interruptible(asked: Callable[[], bool]) -> Iterator[None]:
+    """Within the block `leave_if_asked` ends the process once `asked()`."""
+    global _asked
+    before, _asked = _asked, asked
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def leave_if_asked() -> None:
+    """For loops that one rank runs alone while the others wait (preparing data): end the process if a stop is wanted.
+
+    Raises SystemExit(STOPPED_AFTER_SAVING), inside of `interruptible` only."""
+    if _asked is not None and _asked():
+        raise SystemExit(STOPPED_AFTER_SAVING)

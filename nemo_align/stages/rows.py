@@ -30,7 +30,7 @@ def tokenize_all(session: Session, tokenize: Tokenize) -> tuple[TokenizedRows, d
     def every_set() -> tuple[TokenizedRows, dict[str, TokenizedRows]]:
         return tokenize(data.train), {name: tokenize({name: rows}) for name, rows in data.validation.items()}
 
-    return rank_zero_first(session.topology, every_set)
+    return rank_zero_first(session.topology, session.stop, every_set)
 
 
 def row_source(

@@ -81,7 +81,7 @@ def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None
                 config.data, source, session.tokenizer, cache_dir=cache_directory(session), seed=config.runtime.seed
             )
 
-        rows = rank_zero_first(topology, tokenize)
+        rows = rank_zero_first(topology, stop, tokenize)
         try:
             scores = _score(session, name, rows, cache, totals)
         except Stopped:

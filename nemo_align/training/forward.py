@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from nemo_align.data.source import Step, StepSource
+from nemo_align.runtime import watchdog
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
@@ -52,7 +53,8 @@ def forward_steps(
     collect_examples: bool,
 ) -> Iterator[StepOutcome]:
     """Outcome of each step in turn, inside `forward_mode`. All ranks raise `Stopped` once one is asked to stop."""
-    for step in steps:
+    for number, step in enumerate(steps, start=1):
+        watchdog.beat(f"forward-only batch {number}")
         if stop.agreed(topology):
             raise Stopped
         begin = time.perf_counter()

@@ -16,6 +16,7 @@ from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.stages import WorkerConfig
 from nemo_align.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_align.model.build import build_model
+from nemo_align.runtime import watchdog
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 
@@ -69,6 +70,8 @@ def open_session(
     Raises ValueError if the tokenizer has more tokens than the model has embeddings.
     """
     opened = time.monotonic()
+    stop.leave_if_agreed(topology)
+    watchdog.beat("reading what checkpoint.init_from names")
     initial = resolve_initial(config, topology)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -76,7 +79,9 @@ def open_session(
             f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {config.model.name}"
             f" embeds {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or take its own tokenizer"
         )
+    watchdog.beat("building the model")
     chunks = build_model(config.model, config.parallel, config.precision, topology, reward_head=reward)
+    watchdog.beat("loading the initial weights")
     if initial is None:
         logger.info("random initial weights, seed %d", config.runtime.seed)
     elif initial.kind == "hf":
@@ -85,6 +90,8 @@ def open_session(
         load_hf_weights(initial.path, chunks, topology, load_head=load_head)
     else:
         load_weights(initial, chunks, topology, load_head=load_head)
+    stop.leave_if_agreed(topology)
+    watchdog.beat("the model is ready")
     return Session(
         config=config,
         topology=topology,
