@@ -12,6 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.schedule": ("constant", "cosine", "linear", "wsd"),
     "train.nonfinite": ("error", "skip"),
     "data.overlong": ("error", "drop", "truncate"),
+    "data.bad_rows": ("error", "quarantine"),
     "data.select.inverted": ("error", "swap", "keep"),
     "data.select.ties": ("auto", "drop", "keep"),
     "preference.preference_loss": ("dpo", "ipo", *NEEDS_REWARDS),

@@ -57,6 +57,7 @@ class ChatDataConfig:
     tokenizer: str | None = None  # SentencePiece file or Hugging Face folder; null: that of checkpoint.init_from
     sequence_length: int | None = None  # longest sequence in tokens; null: model.max_sequence_length
     overlong: str = "error"  # error | drop | truncate (the oldest turns)
+    bad_rows: str = "error"  # error | quarantine (leave wrong rows out, written with the reason beside the cache)
     default_system: str = ""  # system turn of rows that have none
     cache_dir: str | None = None  # tokenized rows; null: <run_dir>/cache
 

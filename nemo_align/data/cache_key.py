@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_align.config.data import ChatDataConfig, RowsConfig
-from nemo_align.data.tokenized_rows import FORMAT_VERSION
+from nemo_align.data.tokenized_rows_writer import FORMAT_VERSION
 
 _CHUNK_BYTES = 1 << 22
 
@@ -43,24 +43,44 @@ def content_hash(path: Path, cache_dir: Path) -> str:
     """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise ValueError(f"data path {path} does not exist or is empty")
+        raise ValueError(
+            f"data path {path} does not exist or holds no file; give a file of rows, or a folder written by "
+            "datasets.save_to_disk"
+        )
     stamp = [[str(file.relative_to(path)), *_identity(file)] for file in files]
     memo = cache_dir / f"content_{hashlib.blake2b(str(path.absolute()).encode(), digest_size=10).hexdigest()}.json"
-    if memo.is_file():
-        stored = json.loads(memo.read_text(encoding="utf-8"))
-        if stored["stamp"] == stamp:
-            return stored["blake2b"]
+    remembered = _remembered(memo, stamp)
+    if remembered is not None:
+        return remembered
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    writing = memo.with_name(f".{memo.name}.{os.getpid()}")
-    writing.write_text(json.dumps({"stamp": stamp, "blake2b": digest.hexdigest()}), encoding="utf-8")
-    os.replace(writing, memo)
+        try:
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error}); check the file and its permissions") from error
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        writing = memo.with_name(f".{memo.name}.{os.getpid()}")
+        writing.write_text(json.dumps({"stamp": stamp, "blake2b": digest.hexdigest()}), encoding="utf-8")
+        os.replace(writing, memo)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir: {cache_dir} cannot be written ({error}); make room, or set data.cache_dir to a folder "
+            "that can be written and that every rank sees"
+        ) from error
     return digest.hexdigest()
+
+
+def _remembered(memo: Path, stamp: list[list[Any]]) -> str | None:
+    """The hash that was found for files of these sizes and times. A damaged note is no note."""
+    try:
+        stored = json.loads(memo.read_text(encoding="utf-8"))
+        return str(stored["blake2b"]) if stored["stamp"] == stamp else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _identity(file: Path) -> list[int]:
@@ -74,6 +94,7 @@ def common_settings(config: ChatDataConfig, sources: Mapping[str, RowsConfig], s
     return {
         "sequence_length": config.sequence_length,
         "overlong": config.overlong,
+        "bad_rows": config.bad_rows,
         "default_system": config.default_system,
         "seed": seed if chooses else None,
     }

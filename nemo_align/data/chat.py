@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 
+_LONGEST_MESSAGE = 2000  # characters: a message may quote the names of a row's columns, which may be anything
+
 
 class RowError(ValueError):
-    """A row is wrong. Names the field, the problem and the remedy; the reader puts file and line before it."""
+    """A row is wrong. Names the field, the problem and the remedy; the reader puts file and line before it.
 
-    def __init__(self, field: str, problem: str, remedy: str) -> None:
-        super().__init__(f"{field}: {problem}; {remedy}")
+    `field` is the field's path; `reason` groups the rows of a report: the path without positions, unless given."""
+
+    def __init__(self, field: str, problem: str, remedy: str, *, reason: str | None = None) -> None:
+        super().__init__(printable(f"{field}: {problem}; {remedy}"))
+        self.field = printable(field)
+        self.reason = reason or re.sub(r"\[\d+\]", "[]", self.field)
+
+
+class UnreadableRow(RowError):
+    """The whole row is wrong, not one of its fields."""
+
+    def __init__(self, problem: str, remedy: str, *, reason: str) -> None:
+        super().__init__("row", problem, remedy, reason=reason)
+        self.args = (printable(f"{problem}; {remedy}"),)
+
+
+def printable(text: str) -> str:
+    """`text` on one line that any terminal, log and socket takes: control characters and half characters escaped."""
+    kept = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in kept)
+
+
+def column_names(names: Sequence[str]) -> str:
+    """The names of a row's columns for a message: the first of them, none at length."""
+    shown = [name if len(name) <= 40 else f"{name[:40]}..." for name in list(names)[:20]]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return printable(", ".join(shown)) + more
 
 
 @dataclass(frozen=True)

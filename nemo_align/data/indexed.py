@@ -117,6 +117,8 @@ def _header(prefix: str) -> tuple[IndexedDatasetInfo, int]:
         )
     dtype = np.dtype(_TOKEN_DTYPES[code])
     num_tokens, rest = divmod(bin_bytes, dtype.itemsize)
+    if not document_entries:
+        raise ValueError(f"{idx}: no document borders, not even the first (damaged); {_REWRITE}")
     if not num_sequences or not num_tokens:
         raise ValueError(f"{prefix}: {num_sequences:,} sequences and {num_tokens:,} tokens, so nothing to train on")
     if rest:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nemo_align.config.choices import CHOICES
+from nemo_align.data.chat import RowError
 from nemo_align.data.chat_template import Turn
 
 POLICIES = CHOICES["data.overlong"]
 
 
-class Overlong(ValueError):
+class Overlong(RowError):
     """An example is too long and the policy, or the absence of older turns, forbids to shorten it."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__("length", problem, remedy)
 
 
 def check_policy(policy: str, sequence_length: int) -> None:
@@ -43,5 +47,6 @@ def too_long(length: int, limit: int, *, truncated: bool) -> Overlong:
     why = " even without its older turns" if truncated else ""
     remedy = "drop" if truncated else "drop or truncate"
     return Overlong(
-        f"{length} tokens{why}, data.sequence_length is {limit}; raise it, set data.overlong={remedy}, or shorten it"
+        f"{length} tokens{why}, data.sequence_length is {limit}",
+        f"raise it, set data.overlong={remedy}, or shorten it",
     )

@@ -8,13 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nemo_align.config.data import ChatDataConfig, PreferenceDataConfig, RowsConfig
+from nemo_align.data.bad_rows import BadRows
 from nemo_align.data.cache_key import cache_key, common_settings
-from nemo_align.data.chat import Pair
+from nemo_align.data.chat import Pair, RowError
 from nemo_align.data.chat_template import ChatTemplate, Turn
 from nemo_align.data.overlong import check_policy, fit_turns, too_long
 from nemo_align.data.preparation import converted_rows
 from nemo_align.data.selection import Selection
-from nemo_align.data.tokenized_rows import TokenizedRows, TokenizedRowsWriter, open_or_build
+from nemo_align.data.tokenized_rows import TokenizedRows, open_or_build
+from nemo_align.data.tokenized_rows_writer import TokenizedRowsWriter
 from nemo_align.data.tokenizer import Tokenizer
 
 MISSING = float("nan")
@@ -46,23 +48,26 @@ def tokenize_preference(
 
     def build(writer: TokenizedRowsWriter) -> Mapping[str, int]:
         counts: Counter[str] = Counter(rows=0, kept=0, dropped_overlong=0, truncated=0, dropped_ties=0)
-        for source, row, found in converted_rows(rows, ("pair",), counts, seed=seed):
-            for pair in found:
-                assert isinstance(pair, Pair)
-                try:
-                    chosen_pair = selection.apply(pair, counts)
-                    sequences = None if chosen_pair is None else _sequences(chosen_pair, template, config, counts)
-                except ValueError as error:
-                    raise ValueError(f"{row.where}: {error}") from error
-                if chosen_pair is None or sequences is None:
-                    continue
-                rewards = {
-                    "chosen_reward": MISSING if chosen_pair.chosen_reward is None else chosen_pair.chosen_reward,
-                    "rejected_reward": MISSING if chosen_pair.rejected_reward is None else chosen_pair.rejected_reward,
-                }
-                writer.add(sequences, origin=(source, row.number), targets=rewards)
-                counts["kept"] += 1
-        return counts
+        bad = BadRows(config.bad_rows, writer)
+        for origin, (pair,), reject in converted_rows(rows, ("pair",), counts, bad, seed=seed):
+            assert isinstance(pair, Pair)
+            of_row: Counter[str] = Counter()  # a row that is rejected is counted as that alone
+            try:
+                chosen_pair = selection.apply(pair, of_row)
+                sequences = None if chosen_pair is None else _sequences(chosen_pair, template, config, of_row)
+            except RowError as error:
+                reject(error)
+                continue
+            counts.update(of_row)
+            if chosen_pair is None or sequences is None:
+                continue
+            rewards = {
+                "chosen_reward": MISSING if chosen_pair.chosen_reward is None else chosen_pair.chosen_reward,
+                "rejected_reward": MISSING if chosen_pair.rejected_reward is None else chosen_pair.rejected_reward,
+            }
+            writer.add(sequences, origin=origin, targets=rewards)
+            counts["kept"] += 1
+        return counts | bad.counts()
 
     return open_or_build(
         Path(cache_dir),

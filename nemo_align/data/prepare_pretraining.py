@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_align.config.data import RowsConfig
+from nemo_align.data.chat import RowError, column_names
 from nemo_align.data.indexed import IndexedDatasetInfo, write_indexed_dataset
+from nemo_align.data.row_formats.fields import encodable
 from nemo_align.data.rows import read_rows
 
 if TYPE_CHECKING:
@@ -40,18 +42,25 @@ def read_texts(inputs: Iterable[str | Path], text_key: str = "text") -> Iterator
             continue
         for row in read_rows(RowsConfig(path=str(path)), seed=0):
             if text_key not in row.record:
-                found = ", ".join(row.record) or "none"
+                found = column_names(list(row.record)) or "none"
                 raise ValueError(f"{row.where}: no key {text_key!r} (found: {found}); name the right one with text_key")
             text = row.record[text_key]
             if not isinstance(text, str):
-                raise ValueError(f"{row.where}: {text_key!r} is {type(text).__name__}, not text")
-            yield text
+                raise ValueError(
+                    f"{row.where}: {text_key!r} is {type(text).__name__}, not text; correct or remove the row"
+                )
+            try:
+                yield encodable(text, text_key)
+            except RowError as error:
+                raise ValueError(f"{row.where}: {error}") from error
 
 
 def _whole_file(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file; name files of text or of rows")
     try:
         return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from error

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_align.config.data import ChatDataConfig, RewardDataConfig, RowsConfig
+from nemo_align.data.bad_rows import BadRows
 from nemo_align.data.cache_key import cache_key, common_settings
-from nemo_align.data.chat import Message, Rated
+from nemo_align.data.chat import Message, Rated, RowError
 from nemo_align.data.chat_template import ChatTemplate
 from nemo_align.data.overlong import check_policy, fit_turns, too_long
 from nemo_align.data.preparation import converted_rows
-from nemo_align.data.tokenized_rows import TokenizedRows, TokenizedRowsWriter, open_or_build
+from nemo_align.data.tokenized_rows import TokenizedRows, open_or_build
+from nemo_align.data.tokenized_rows_writer import TokenizedRowsWriter
 from nemo_align.data.tokenizer import Tokenizer
 
 log = logging.getLogger("nemo_align")
@@ -45,27 +47,33 @@ def tokenize_regression(
     def build(writer: TokenizedRowsWriter) -> Mapping[str, int]:
         counts: Counter[str] = Counter(rows=0, kept=0, dropped_overlong=0, truncated=0, dropped_unlabelled=0)
         labelled = Counter(dict.fromkeys(attributes, 0))
-        for source, row, found in converted_rows(rows, ("rated",), counts, seed=seed, attributes=attributes):
-            for rated in found:
-                assert isinstance(rated, Rated)
-                scores = [rated.scores[name] for name in attributes]
-                if all(score is None for score in scores):
-                    counts["dropped_unlabelled"] += 1
-                    continue
-                try:
-                    tokens = rated_tokens(rated.messages, template, config, counts)
-                except ValueError as error:
-                    raise ValueError(f"{row.where}: {error}") from error
-                if tokens is None:
-                    continue
+        bad = BadRows(config.bad_rows, writer)
+        for origin, found, reject in converted_rows(rows, ("rated",), counts, bad, seed=seed, attributes=attributes):
+            of_row: Counter[str] = Counter()  # a row is kept or rejected whole, with all its labelled turns
+            examples = []
+            try:
+                for rated in found:
+                    assert isinstance(rated, Rated)
+                    scores = [rated.scores[name] for name in attributes]
+                    if all(score is None for score in scores):
+                        of_row["dropped_unlabelled"] += 1
+                        continue
+                    tokens = rated_tokens(rated.messages, template, config, of_row)
+                    if tokens is not None:
+                        examples.append((tokens, scores))
+            except RowError as error:
+                reject(error)
+                continue
+            counts.update(of_row)
+            for tokens, scores in examples:
                 labels = [MISSING if score is None else score for score in scores]
-                writer.add([(tokens, [False] * len(tokens))], origin=(source, row.number), targets={"labels": labels})
+                writer.add([(tokens, [False] * len(tokens))], origin=origin, targets={"labels": labels})
                 labelled.update(name for name, score in zip(attributes, scores, strict=True) if score is not None)
                 counts["kept"] += 1
         without = [name for name, number in labelled.items() if number == 0]
         if without:
             log.warning("%s: no row has a value for %s, so nothing trains it", ", ".join(rows), ", ".join(without))
-        return dict(counts) | {f"labels_{name}": number for name, number in labelled.items()}
+        return dict(counts) | bad.counts() | {f"labels_{name}": number for name, number in labelled.items()}
 
     return open_or_build(
         Path(cache_dir),

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from nemo_align.config.data import RowsConfig
+from nemo_align.data.chat import UnreadableRow
+from nemo_align.data.dataset_folders import check_columns, check_state
 
 _BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
 _PARQUET_BATCH_ROWS = 1024
 _LOADERS = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet or a folder written by datasets.save_to_disk"
 
@@ -29,14 +32,22 @@ class Row:
     record: dict[str, Any]
     number: int
     where: str
+    line: int | None = None  # of a JSON Lines file
+    text: bytes | None = None  # that line as it stands there
+    error: UnreadableRow | None = None  # why there is no record
 
 
-def read_rows(config: RowsConfig, *, seed: int) -> Iterator[Row]:
-    """The rows of one source, in file order; with max_rows or fraction a seeded choice of them."""
+def read_rows(config: RowsConfig, *, seed: int, with_unreadable: bool = False) -> Iterator[Row]:
+    """The rows of one source, in file order; with max_rows or fraction a seeded choice of them.
+
+    A row that cannot be read is a ValueError, or with `with_unreadable` a Row whose `error` says why."""
     chosen = choose_rows(config, seed=seed)
     for row in _all_rows(Path(config.path)):
-        if chosen is None or row.number in chosen:
-            yield row
+        if chosen is not None and row.number not in chosen:
+            continue
+        if row.error is not None and not with_unreadable:
+            raise ValueError(f"{row.where}: {row.error}") from row.error
+        yield row
 
 
 def choose_rows(config: RowsConfig, *, seed: int) -> frozenset[int] | None:
@@ -101,40 +112,83 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[Row]:
         content = (line.removeprefix(_BOM) if line_number == 1 else line).strip()
         if not content:
             continue
+        if line_number == 1 and content.startswith(_GZIP):
+            raise ValueError(f"{path}: holds gzip data; give it a name that ends in .gz")
         number += 1
         where = f"{path}:{line_number}"
-        try:
-            record = json.loads(content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: not valid JSON: {error.msg} at column {error.colno}; each line must be one whole JSON object"
-            ) from error
-        except RecursionError:
-            raise ValueError(f"{where}: nested too deeply; each line must be one JSON object of a row") from None
-        yield _row(record, number, where)
+        record, problem = _parsed(content)
+        yield Row(record, number, where, line_number, content, problem)
+
+
+def _parsed(content: bytes) -> tuple[dict[str, Any], UnreadableRow | None]:
+    """The object of one line, or why there is none."""
+    one_object = "each line must be one whole JSON object"
+    try:
+        record = _load(content)
+    except UnicodeDecodeError as error:
+        return {}, UnreadableRow(
+            f"not UTF-8 ({error.reason} at byte {error.start})", "convert the file", reason="not UTF-8"
+        )
+    except json.JSONDecodeError as error:
+        problem = f"not valid JSON: {error.msg} at column {error.colno}"
+        return {}, UnreadableRow(problem, one_object, reason="not valid JSON")
+    except RecursionError:
+        return {}, UnreadableRow("nested too deeply", one_object, reason="nested too deeply")
+    except _RepeatedKey as error:
+        return {}, UnreadableRow(
+            f"the key {error.args[0]!r:.40} stands there twice", "keep one of the two", reason="repeated key"
+        )
+    except ValueError as error:  # Python's limit for the digits of a number
+        return {}, UnreadableRow(f"not valid JSON: {error}", "write shorter numbers", reason="not valid JSON")
+    return _object(record)
+
+
+def _object(record: Any) -> tuple[dict[str, Any], UnreadableRow | None]:
+    if isinstance(record, dict):
+        return record, None
+    return {}, UnreadableRow(
+        f"expected a JSON object, found {type(record).__name__}",
+        "write {...} with named fields",
+        reason="not an object",
+    )
+
+
+class _RepeatedKey(ValueError):
+    """An object says the same key twice; json would keep the last in silence."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+    return record
+
+
+def _load(content: bytes) -> Any:
+    return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
 
 
 def _json_array(path: Path, file: BinaryIO) -> Iterator[Row]:
     try:
-        records = json.loads(file.read().removeprefix(_BOM).decode("utf-8"))
+        records = _load(file.read().removeprefix(_BOM))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}; a file that starts with [ "
+            "must be one whole JSON array of objects"
+        ) from error
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply; give a list of JSON objects") from None
-    for number, record in enumerate(records, start=1):
-        yield _row(record, number, f"{path}: row {number}")
-
-
-def _row(record: Any, number: int, where: str) -> Row:
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: expected a JSON object, found {type(record).__name__}; write {{...}} with named fields"
-        )
-    return Row(record, number, where)
+    except _RepeatedKey as error:
+        raise ValueError(f"{path}: the key {error.args[0]!r:.40} stands twice in one object; keep one") from None
+    except ValueError as error:  # Python's limit for the digits of a number
+        raise ValueError(f"{path}: not valid JSON: {error}; write shorter numbers") from error
+    for number, item in enumerate(records, start=1):
+        record, problem = _object(item)
+        text = json.dumps(item).encode() if problem is not None else None
+        yield Row(record, number, f"{path}: row {number}", text=text, error=problem)
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -143,19 +197,56 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a parquet file ({_first_line(error)}); copy or write it again") from error
     number = 0
     with file:
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-            for record in batch.to_pylist():
+        names = file.schema_arrow.names
+        if len(set(names)) != len(names):
+            raise ValueError(f"{path}: two columns have the same name ({', '.join(names)}); rename one")
+        batches = file.iter_batches(batch_size=_PARQUET_BATCH_ROWS)
+        while True:
+            try:
+                batch = next(batches, None)
+            except pyarrow.ArrowException as error:
+                raise ValueError(
+                    f"{path}: damaged after row {number} ({_first_line(error)}); copy or write it again"
+                ) from error
+            if batch is None:
+                return
+            for record, problem in _batch_records(batch):
                 number += 1
-                yield Row(record, number, f"{path}: row {number}")
+                yield Row(record, number, f"{path}: row {number}", error=problem)
+
+
+def _batch_records(batch: Any) -> Iterator[tuple[dict[str, Any], UnreadableRow | None]]:
+    """The rows of a record batch. A string column may hold bytes that are no UTF-8: found row by row."""
+    try:
+        yield from ((record, None) for record in batch.to_pylist())
+        return
+    except UnicodeDecodeError:
+        pass
+    for position in range(batch.num_rows):
+        try:
+            yield batch.slice(position, 1).to_pylist()[0], None
+        except UnicodeDecodeError as error:
+            yield (
+                {},
+                UnreadableRow(
+                    f"not UTF-8 ({error.reason} at byte {error.start} of a column)",
+                    "write the column again as text",
+                    reason="not UTF-8",
+                ),
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _read_folder(path: Path) -> Iterator[Row]:
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = _splits(path / "dataset_dict.json")
         raise ValueError(f"data path {path} holds several splits; give one: {', '.join(str(path / s) for s in splits)}")
     if not (path / "state.json").is_file():
         files = ", ".join(sorted(str(file.relative_to(path)) for file in path.rglob("*.*") if file.is_file())[:10])
@@ -164,7 +255,21 @@ def _read_folder(path: Path) -> Iterator[Row]:
         )
     import datasets
 
-    dataset = datasets.load_from_disk(str(path))
+    check_state(path)
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged folder makes of the library: it is the folder that is wrong
+        raise ValueError(
+            f"data path {path}: datasets cannot load it ({_first_line(error)}); write it again with save_to_disk"
+        ) from error
     assert isinstance(dataset, datasets.Dataset)
+    check_columns(path, dataset.features)
     for number, record in enumerate(dataset, start=1):
         yield Row(dict(record), number, f"{path}: row {number}")
+
+
+def _splits(path: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))["splits"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({_first_line(error)}); write the folder again with save_to_disk") from error

@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from nemo_align.config.data import RowsConfig, ScoreDataConfig
+from nemo_align.data.bad_rows import BadRows
 from nemo_align.data.cache_key import cache_key, common_settings
-from nemo_align.data.chat import Dialogue, Message, Pair, Rated, check_rated
+from nemo_align.data.chat import Dialogue, Message, Pair, Rated, RowError, check_rated
 from nemo_align.data.chat_template import ChatTemplate
 from nemo_align.data.overlong import check_policy
 from nemo_align.data.preparation import converted_rows
 from nemo_align.data.regression import rated_tokens
 from nemo_align.data.rows import read_rows
-from nemo_align.data.tokenized_rows import TokenizedRows, TokenizedRowsWriter, open_or_build
+from nemo_align.data.tokenized_rows import TokenizedRows, open_or_build
+from nemo_align.data.tokenized_rows_writer import TokenizedRowsWriter
 from nemo_align.data.tokenizer import Tokenizer
 
 
@@ -41,18 +43,21 @@ def tokenize_scoring(
 
     def build(writer: TokenizedRowsWriter) -> Mapping[str, int]:
         counts: Counter[str] = Counter(rows=0, kept=0, dropped_overlong=0, truncated=0, responses_per_row=0)
-        for source, row, found in converted_rows(sources, ("pair", "dialogue"), counts, seed=seed):
-            (item,) = found
+        bad = BadRows(config.bad_rows, writer)
+        for origin, (item,), reject in converted_rows(sources, ("pair", "dialogue"), counts, bad, seed=seed):
+            of_row: Counter[str] = Counter()
             try:
                 responses = _rated_dialogues(item)
-                sequences = _sequences(responses, template, config, counts)
-            except ValueError as error:
-                raise ValueError(f"{row.where}: {error}") from error
+                sequences = _sequences(responses, template, config, of_row)
+            except RowError as error:
+                reject(error)
+                continue
+            counts.update(of_row)
             counts["responses_per_row"] = len(responses)
             for tokens in sequences:
-                writer.add([(tokens, [False] * len(tokens))], origin=(source, row.number))
+                writer.add([(tokens, [False] * len(tokens))], origin=origin)
             counts["kept"] += bool(sequences)
-        return counts
+        return counts | bad.counts()
 
     return open_or_build(
         Path(cache_dir), kind="score", fingerprint=key, segments=1, build=build, sources=[Path(rows.path).name]
@@ -92,13 +97,13 @@ def write_scored_rows(
     position = 0
     try:
         with writing.open("w", encoding="utf-8", newline="\n") as file:
-            for row in read_rows(source, seed=seed):
+            for row in read_rows(source, seed=seed, with_unreadable=True):
                 if position == len(row_numbers) or row.number != row_numbers[position]:
-                    continue  # dropped as over-long
+                    continue  # dropped as over-long, or set aside
                 record: dict[str, Any] = dict(row.record)
                 for response, name in enumerate(names):
                     record |= _rewards(name, values[position * per_row + response], attributes, weights)
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                file.write(_line(record, row.where))
                 position += 1
             file.flush()
             os.fsync(file.fileno())
@@ -110,6 +115,19 @@ def write_scored_rows(
     finally:
         writing.unlink(missing_ok=True)
     return position
+
+
+def _line(record: dict[str, Any], where: str) -> str:
+    """The row as one line. Columns that no format reads may hold anything; none may end the run after its scoring."""
+    try:
+        line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply to be written; flatten its columns") from None
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:  # half a character in some other column: spelt as the escape that it was read from
+        return json.dumps(record, default=str) + "\n"
+    return line
 
 
 def _rewards(name: str, scores: np.ndarray, attributes: Sequence[str], weights: Mapping[str, float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nemo_align.config.choices import CHOICES, NEEDS_REWARDS
 from nemo_align.config.data import SelectConfig
-from nemo_align.data.chat import Pair
+from nemo_align.data.chat import Pair, RowError
 
 
 class Selection:
@@ -31,23 +31,26 @@ class Selection:
     def apply(self, pair: Pair, counts: Counter[str]) -> Pair | None:
         """The pair (swapped if so configured), or None if it is left out; either way it is counted.
 
-        ValueError: a reward that is needed is missing, or chosen is worse than rejected and that is an error.
+        RowError: a reward that is needed is missing, or chosen is worse than rejected and that is an error.
         """
         if pair.chosen == pair.rejected:
             counts["dropped_identical"] += 1  # both log-ratios are equal whatever the model: nothing to prefer
             return None
         if pair.chosen_reward is None or pair.rejected_reward is None:
             if self.needs_rewards:
-                raise ValueError(
-                    f"chosen_reward, rejected_reward: missing, and {self.needs_rewards} needs them; "
-                    "add them with nemo-align score, or use preference_loss=dpo without reward limits"
+                raise RowError(
+                    "chosen_reward, rejected_reward",
+                    f"missing, and {self.needs_rewards} needs them",
+                    "add them with nemo-align score, or use preference_loss=dpo without reward limits",
                 )
             return self._unless_tie(pair, pair.is_tie, counts)
         if pair.chosen_reward < pair.rejected_reward:
             if self._config.inverted == "error":
-                raise ValueError(
-                    f"chosen_reward: {pair.chosen_reward} is below rejected_reward {pair.rejected_reward}; "
-                    "set data.select.inverted=swap (trust the rewards) or keep (trust the order), or correct the row"
+                raise RowError(
+                    "chosen_reward",
+                    f"{pair.chosen_reward} is below rejected_reward {pair.rejected_reward}",
+                    "set data.select.inverted=swap (trust the rewards) or keep (trust the order), or correct the row",
+                    reason="chosen_reward below rejected_reward",
                 )
             counts["swapped" if self._config.inverted == "swap" else "inverted_kept"] += 1
             if self._config.inverted == "swap":

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_align.config.data import RowsConfig, SftDataConfig
+from nemo_align.data.bad_rows import BadRows
 from nemo_align.data.cache_key import cache_key, common_settings
-from nemo_align.data.chat import Dialogue
+from nemo_align.data.chat import Dialogue, RowError
 from nemo_align.data.chat_template import ChatTemplate
 from nemo_align.data.overlong import check_policy, fit_turns, too_long
 from nemo_align.data.preparation import converted_rows
-from nemo_align.data.tokenized_rows import TokenizedRows, TokenizedRowsWriter, open_or_build
+from nemo_align.data.tokenized_rows import TokenizedRows, open_or_build
+from nemo_align.data.tokenized_rows_writer import TokenizedRowsWriter
 from nemo_align.data.tokenizer import Tokenizer
 
 
@@ -29,17 +31,18 @@ def tokenize_sft(
 
     def build(writer: TokenizedRowsWriter) -> Mapping[str, int]:
         counts: Counter[str] = Counter(rows=0, kept=0, dropped_overlong=0, truncated=0)
-        for source, row, found in converted_rows(rows, ("dialogue",), counts, seed=seed):
-            for dialogue in found:
-                assert isinstance(dialogue, Dialogue)
-                try:
-                    sequence = _sequence(dialogue, template, config, counts)
-                except ValueError as error:
-                    raise ValueError(f"{row.where}: {error}") from error
-                if sequence is not None:
-                    writer.add([sequence], origin=(source, row.number))
-                    counts["kept"] += 1
-        return counts
+        bad = BadRows(config.bad_rows, writer)
+        for origin, (dialogue,), reject in converted_rows(rows, ("dialogue",), counts, bad, seed=seed):
+            assert isinstance(dialogue, Dialogue)
+            try:
+                sequence = _sequence(dialogue, template, config, counts)
+            except RowError as error:
+                reject(error)
+                continue
+            if sequence is not None:
+                writer.add([sequence], origin=origin)
+                counts["kept"] += 1
+        return counts | bad.counts()
 
     return open_or_build(Path(cache_dir), kind="sft", fingerprint=key, segments=1, build=build, sources=list(rows))
 

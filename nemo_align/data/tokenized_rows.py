@@ -25,14 +25,24 @@ import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import psutil
 
+from nemo_align.data.plain_arrays import load_array
+from nemo_align.data.tokenized_rows_writer import FORMAT_VERSION, TokenizedRowsWriter
+
 log = logging.getLogger("nemo_align")
 
-FORMAT_VERSION = 1  # part of every cache key: raise it when the meaning of a file or of a rendering changes
+_DTYPES = {
+    "tokens": np.dtype(np.int32),
+    "loss_mask": np.dtype(np.bool_),
+    "offsets": np.dtype(np.int64),
+    "loss_tokens": np.dtype(np.int32),
+    "origins": np.dtype(np.int64),
+}
+_DELETE = "delete the folder, it is built again"
 
 
 class TokenizedRows:
@@ -45,7 +55,10 @@ class TokenizedRows:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        try:
+            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.folder / 'meta.json'} is damaged ({error}); {_DELETE}") from None
         if meta["format"] != FORMAT_VERSION:
             raise ValueError(
                 f"{folder}: cache of format {meta['format']}, this version reads {FORMAT_VERSION}; delete it"
@@ -66,7 +79,12 @@ class TokenizedRows:
         self._check()
 
     def _load(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        path = self.folder / f"{name}.npy"
+        array = load_array(path, remedy=_DELETE)
+        wanted = _DTYPES.get(name, np.dtype(np.float32))
+        if array.dtype != wanted:
+            raise ValueError(f"{path} holds {array.dtype}, not {wanted}; {_DELETE}")
+        return array
 
     def _check(self) -> None:
         """A cut or mixed-up cache is found here, not as a strange loss later."""
@@ -75,6 +93,8 @@ class TokenizedRows:
             len(self._tokens) == len(self._loss_mask) == int(self._offsets[-1])
             and len(self.loss_tokens) == len(self.origins) == examples
             and all(len(values) == examples for values in self.targets.values())
+            and self._offsets[0] == 0
+            and (self.lengths > 0).all()
         )
         if not agree:
             raise ValueError(f"{self.folder}: the sizes of its arrays disagree (damaged cache); delete the folder")
@@ -109,112 +129,6 @@ class TokenizedRows:
         return f"{'+'.join(self.sources)}: {len(self):,} examples ({counts})"
 
 
-class _GrowingArray:
-    """A .npy file appended to; its header is rewritten in place at the end.
-
-    numpy pads a header so that the first dimension may grow to 21 digits without the header getting longer.
-    """
-
-    def __init__(self, path: Path, dtype: Any, width: int | None = None) -> None:
-        self._dtype = np.dtype(dtype)
-        self._width = width
-        self._count = 0
-        self._file: BinaryIO = path.open("wb")
-        self._header()
-        self._data_start = self._file.tell()
-
-    def _header(self) -> None:
-        shape = (self._count,) if self._width is None else (self._count, self._width)
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def extend(self, values: Any) -> None:
-        array = np.ascontiguousarray(values, dtype=self._dtype)
-        assert array.shape[1:] == (() if self._width is None else (self._width,)), (array.shape, self._width)
-        self._file.write(array.tobytes())
-        self._count += len(array)
-
-    def close(self) -> None:
-        self._file.seek(0)
-        self._header()
-        assert self._file.tell() == self._data_start, "the .npy header grew"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-class TokenizedRowsWriter:
-    """Fills a folder example by example. `targets`: name -> number of columns, or None for one value per example."""
-
-    def __init__(self, folder: Path, *, segments: int, targets: Mapping[str, int | None]) -> None:
-        self.folder = folder
-        self.segments = segments
-        self.target_widths = dict(targets)
-        self.num_examples = 0
-        self._end = 0
-        self._arrays = {
-            "tokens": _GrowingArray(folder / "tokens.npy", np.int32),
-            "loss_mask": _GrowingArray(folder / "loss_mask.npy", np.bool_),
-            "offsets": _GrowingArray(folder / "offsets.npy", np.int64),
-            "loss_tokens": _GrowingArray(folder / "loss_tokens.npy", np.int32),
-            "origins": _GrowingArray(folder / "origins.npy", np.int64, 2),
-        }
-        self._arrays["offsets"].extend([0])
-        for name, width in self.target_widths.items():
-            self._arrays[f"target_{name}"] = _GrowingArray(folder / f"target_{name}.npy", np.float32, width)
-
-    def add(
-        self,
-        sequences: Sequence[tuple[Sequence[int], Sequence[bool]]],
-        *,
-        origin: tuple[int, int],
-        targets: Mapping[str, Any] | None = None,
-    ) -> None:
-        """One example: its (tokens, loss_mask) per segment, (source number, row number), and its targets."""
-        assert len(sequences) == self.segments, (len(sequences), self.segments)
-        targets = targets or {}
-        assert targets.keys() == self.target_widths.keys(), (sorted(targets), sorted(self.target_widths))
-        loss_tokens = 0
-        for tokens, loss_mask in sequences:
-            mask = np.asarray(loss_mask, dtype=np.bool_)
-            assert len(tokens) == len(mask) > 0, (len(tokens), len(mask))
-            assert not mask[0], "nothing predicts the first token of a sequence"
-            self._arrays["tokens"].extend(tokens)
-            self._arrays["loss_mask"].extend(mask)
-            self._end += len(tokens)
-            self._arrays["offsets"].extend([self._end])
-            loss_tokens += int(mask.sum())
-        self._arrays["loss_tokens"].extend([loss_tokens])
-        self._arrays["origins"].extend([origin])
-        for name, value in targets.items():
-            self._arrays[f"target_{name}"].extend([value])
-        self.num_examples += 1
-
-    def finish(
-        self,
-        *,
-        kind: str,
-        fingerprint: str,
-        report: Mapping[str, Any],
-        sources: Sequence[str],
-        attributes: Sequence[str],
-    ) -> None:
-        """Close the arrays, then write meta.json: a folder without it is no cache."""
-        for array in self._arrays.values():
-            array.close()
-        meta = {
-            "format": FORMAT_VERSION,
-            "kind": kind,
-            "fingerprint": fingerprint,
-            "segments": self.segments,
-            "targets": list(self.target_widths),
-            "attributes": list(attributes),
-            "sources": list(sources),
-            "report": dict(report),
-        }
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def open_or_build(
     cache_dir: Path,
     *,
@@ -239,8 +153,13 @@ def open_or_build(
     building = Path(tempfile.mkdtemp(prefix=f"{_unfinished_prefix(folder)}{os.getpid()}.", dir=folder.parent))
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would shut out colleagues who share the cache
-        writer = TokenizedRowsWriter(building, segments=segments, targets=targets or {})
-        report = build(writer)
+        writer = TokenizedRowsWriter(
+            building, segments=segments, targets=targets or {}, rejected_path=rejected_path(folder)
+        )
+        try:
+            report = build(writer)
+        finally:
+            writer.publish_rejected()  # before the cache appears; and when nothing is left, to see why
         if writer.num_examples == 0:
             raise ValueError(f"data ({', '.join(sources)}): no example is left. Counts: {json.dumps(dict(report))}")
         writer.finish(kind=kind, fingerprint=fingerprint, report=report, sources=sources, attributes=attributes)
@@ -257,7 +176,22 @@ def open_or_build(
 def _opened(folder: Path) -> TokenizedRows:
     rows = TokenizedRows(folder)
     log.info("%s", rows.summary())
+    if rows.report.get("quarantined"):
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in rows.report["quarantined_by_reason"].items())
+        log.warning(
+            "%s: %s of %s rows are left out as wrong (%s): see %s",
+            "+".join(rows.sources),
+            f"{rows.report['quarantined']:,}",
+            f"{rows.report['rows']:,}",
+            reasons,
+            rejected_path(folder),
+        )
     return rows
+
+
+def rejected_path(folder: Path) -> Path:
+    """The JSON-lines file of the rows that `data.bad_rows=quarantine` left out of the cache `folder`."""
+    return folder.with_name(f"{folder.name}.rejected.jsonl")
 
 
 def _unfinished_prefix(folder: Path) -> str:

@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nemo_align.config.stages import PretrainStageConfig
-from nemo_align.data.pretraining import HeldOutSource, PretrainingPhase, PretrainingSource
+from nemo_align.data.pretraining import (
+    HeldOutSource,
+    PretrainingPhase,
+    PretrainingSource,
+    check_pretraining_files,
+)
+from nemo_align.runtime.rank_order import rank_zero_first
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.stages.language_model import LanguageModelObjective
@@ -39,8 +45,14 @@ def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> C
             f"data.sequence_length={config.data.sequence_length} is not a multiple of {layout.pad_to}, which "
             f"parallel.sequence and precision.fp8 ask for: use {layout.capacity}"
         )
+    phases, vocab_size = phases_with_samples(config, batches), session.tokenizer.vocab_size
+
+    def check_files() -> None:
+        check_pretraining_files(phases, config.data.validation, vocab_size, contents=topology.is_main)
+
+    rank_zero_first(topology, stop, check_files)
     train = PretrainingSource(
-        phases_with_samples(config, batches),
+        phases,
         tokenizer=session.tokenizer,
         seed=config.runtime.seed,
         cache_dir=cache_directory(session),

@@ -14,7 +14,7 @@ def dialogue(record: Mapping[str, Any]) -> Dialogue:
     if has_labels(record) and record.get("type") is not None:
         raise RowError(
             "type",
-            f"{record['type']!r} with labels trains on SteerLM attribute lines, which this recipe does not use",
+            f"{record['type']!r:.40} with labels trains on SteerLM attribute lines, which this recipe does not use",
             "set type to null to learn the responses, or train a reward model on the labels",
         )
     return check_dialogue(Dialogue(turns(record)), "conversations")
@@ -26,7 +26,7 @@ def turns(record: Mapping[str, Any]) -> tuple[Message, ...]:
     mask = fields.optional_text(record, "mask")
     if mask is not None and fields.ROLES.get(mask) != "user":
         raise RowError(
-            "mask", f"{mask!r} would leave the assistant out of the loss", 'write "User" (the role without loss)'
+            "mask", f"{mask!r:.40} would leave the assistant out of the loss", 'write "User" (the role without loss)'
         )
     found = fields.messages(record.get("conversations"), "conversations", role_key="from", content_key="value")
     return fields.with_system(record, found)
@@ -62,6 +62,6 @@ def _parse_label(label: str, field: str) -> dict[str, float | None]:
         try:
             number = float(value)
         except ValueError:
-            raise RowError(field, f"{part!r} is not name:number", "write helpfulness:4,correctness:3,...") from None
+            raise RowError(field, f"{part!r:.40} is not name:number", "write helpfulness:4,correctness:3,...") from None
         scores[name.strip()] = fields.label(number, field)
     return scores

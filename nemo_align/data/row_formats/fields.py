@@ -18,7 +18,10 @@ ROLES = {
     "Assistant": "assistant",
     "gpt": "assistant",
 }
-LARGEST_NUMBER = 1e30  # targets are kept in fp32, and the loss squares them
+# Labels and rewards lie within +-1e6. They are kept in fp32 and the losses square them: a squared error is then at most
+# 4e12, the sum over 1e9 labels 4e21, and the squared norm of the gradient (2e6 x activations of 1e3, over 1e12 weights)
+# below 1e31, all far from fp32's 3.4e38. Beyond it fp32 does not even keep tenths apart (its spacing at 1e6 is 0.06).
+LARGEST_NUMBER = 1e6
 MISSING_LABEL = -100.0  # NeMo-Aligner's mark of a label that is not there
 
 
@@ -27,7 +30,7 @@ def text(record: Mapping[str, Any], field: str) -> str:
     value = record.get(field)
     if not isinstance(value, str):
         raise RowError(field, f"expected a string, found {_kind(value)}", "write text, or remove the row")
-    return _encodable(value, field)
+    return encodable(value, field)
 
 
 def optional_text(record: Mapping[str, Any], field: str) -> str | None:
@@ -47,9 +50,11 @@ def as_number(value: Any, field: str) -> float | None:
         raise RowError(
             field, f"expected a number, found {_kind(value)} {value!r:.40}", "write a number, or null for missing"
         )
-    if not abs(value) < LARGEST_NUMBER:  # also NaN and infinity
+    if not abs(value) <= LARGEST_NUMBER:  # also NaN and infinity
         raise RowError(
-            field, f"{value!r:.40} is no finite number of a useful size", "write a number, or null for missing"
+            field,
+            f"{value!r:.40} is no finite number within {LARGEST_NUMBER:,.0f} of zero",
+            "write such a number, or null for missing",
         )
     return float(value)
 
@@ -90,13 +95,13 @@ def message(value: Any, field: str, *, role_key: str = "role", content_key: str 
         raise RowError(f"{field}.tool_calls", "tool calls have no place in the Nemotron template", "write them as text")
     name = value.get(role_key)
     if not isinstance(name, str) or name not in ROLES:
-        raise RowError(f"{field}.{role_key}", f"unknown role {name!r}", f"use one of {', '.join(ROLES)}")
+        raise RowError(f"{field}.{role_key}", f"unknown role {name!r:.40}", f"use one of {', '.join(ROLES)}")
     content = value.get(content_key)
     if not isinstance(content, str):
         raise RowError(
             f"{field}.{content_key}", f"expected a string, found {_kind(content)}", "write text, or remove the row"
         )
-    return Message(ROLES[name], _encodable(content, f"{field}.{content_key}"))
+    return Message(ROLES[name], encodable(content, f"{field}.{content_key}"))
 
 
 def refuse_tools(record: Mapping[str, Any]) -> None:
@@ -117,7 +122,7 @@ def with_system(record: Mapping[str, Any], turns: Sequence[Message]) -> tuple[Me
     return (Message("system", system), *turns)
 
 
-def _encodable(value: str, field: str) -> str:
+def encodable(value: str, field: str) -> str:
     """JSON can spell half a character (a lone surrogate), which no tokenizer takes."""
     try:
         value.encode("utf-8")

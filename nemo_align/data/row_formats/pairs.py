@@ -23,6 +23,14 @@ def rewards(record: Mapping[str, Any]) -> dict[str, float | None]:
     return {"chosen_reward": None, "rejected_reward": None}
 
 
+def _scored(record: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """The rewards that `nemo-align score` wrote beside a format's own columns, None if it did not.
+
+    It takes chosen and rejected from this module, so its columns mean the same responses."""
+    found = {name: fields.number(record, name) for name in ("chosen_reward", "rejected_reward")}
+    return found if any(value is not None for value in found.values()) else None
+
+
 def prompt_chosen_rejected(record: Mapping[str, Any]) -> Pair:
     """TRL with a prompt, strings or messages; also full conversations beside it (UltraFeedback-binarized)."""
     fields.refuse_tools(record)
@@ -87,7 +95,8 @@ def nemo_rl(record: Mapping[str, Any]) -> Pair:
         text = dialogues.answer({f"{field}.completion": completion.get("completion")}, f"{field}.completion")
         ranked.append((rank, number, text, fields.as_number(completion.get("reward"), f"{field}.reward")))
     (best, _, chosen, chosen_reward), (worst, _, rejected, rejected_reward) = sorted(ranked, key=lambda item: item[:2])
-    return check_pair(Pair(context, chosen, rejected, chosen_reward, rejected_reward, is_tie=best == worst))
+    own = {"chosen_reward": chosen_reward, "rejected_reward": rejected_reward}
+    return check_pair(Pair(context, chosen, rejected, **_scored(record) or own, is_tie=best == worst))
 
 
 def helpsteer2_preference(record: Mapping[str, Any]) -> Pair:
@@ -105,12 +114,15 @@ def helpsteer3(record: Mapping[str, Any]) -> Pair:
 def _by_strength(
     record: Mapping[str, Any], prompt: tuple[Message, ...], columns: tuple[str, str], strength_column: str
 ) -> Pair:
-    """The strength says which is better, but is no reward: the pair has none."""
+    """The strength says which is better, but is no reward: the pair has those that `nemo-align score` added, if any."""
     strength = fields.number(record, strength_column)
     if strength is None:
         raise RowError(strength_column, "missing", "remove the row")
     better, worse = columns if strength <= 0 else columns[::-1]
-    return check_pair(Pair(prompt, fields.text(record, better), fields.text(record, worse), is_tie=strength == 0))
+    rated = _scored(record) or {}
+    return check_pair(
+        Pair(prompt, fields.text(record, better), fields.text(record, worse), **rated, is_tie=strength == 0)
+    )
 
 
 def _is_conversation(value: Any) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nemo_align.data.chat import Dialogue, Pair, Rated
+from nemo_align.data.chat import Dialogue, Pair, Rated, RowError, column_names
 from nemo_align.data.row_formats import conversations, dialogues, nemo_aligner, pairs, rated
 
 Kind = Literal["dialogue", "pair", "rated"]
@@ -81,7 +81,9 @@ _VERBS = {"dialogue": "sft", "pair": "preference", "rated": "reward"}
 def find_format(
     record: Mapping[str, Any], kinds: tuple[Kind, ...], *, name: str = "auto", attributes: list[str] | None = None
 ) -> RowFormat:
-    """The format of a file from its first row. `name` other than auto chooses it, and the columns must agree."""
+    """The format of a file from its first row. `name` other than auto chooses it, and the columns must agree.
+
+    Raises RowError if the row fits none, a plain ValueError for a name that is none."""
     attributes = attributes or []
     known = [form for kind in kinds for form in FORMATS if form.kind == kind]
     if name != "auto":
@@ -93,16 +95,20 @@ def find_format(
         for form in named:
             if form.fits(record, attributes):
                 return form
-        raise ValueError(
-            f"format: {name} needs {_needs(named[0], attributes)}; the row has {', '.join(record) or 'none'}"
+        raise RowError(
+            "format",
+            f"{name} needs {_needs(named[0], attributes)}",
+            f"the row has {column_names(list(record)) or 'none'}",
+            reason="columns",
         )
     for form in known:
         if form.fits(record, attributes):
             return form
     table = "; ".join(f"{form.name} ({_needs(form, attributes)})" for form in known)
-    raise ValueError(
-        f"no row format fits the columns {', '.join(record) or '(none)'}{_hint(record, kinds)}. "
-        f"Known: {table}. Rename the columns"
+    raise RowError(
+        "columns",
+        f"no row format fits {column_names(list(record)) or '(none)'}{_hint(record, kinds)}",
+        f"rename them to those of a format: {table}",
     )
 
 

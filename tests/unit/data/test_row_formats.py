@@ -175,7 +175,7 @@ def test_bad_rows_name_field_problem_and_remedy(kind: str, record: dict[str, Any
 
 def test_unknown_columns_name_the_formats_and_the_right_verb() -> None:
     with pytest.raises(
-        ValueError, match=r"fits the columns question, answer\. Known: messages \(messages\).*input_output"
+        RowError, match=r"columns: no row format fits question, answer; .*: messages \(messages\).*input_output"
     ):
         find_format({"question": "q", "answer": "a"}, ("dialogue",))
     with pytest.raises(ValueError, match="look like prompt_chosen_rejected, which nemo-align preference reads"):

@@ -87,7 +87,7 @@ def test_dialogues_get_one_reward(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_a_dropped_row_is_dropped_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = [{"prompt": "q", "chosen": "a" * (5 + 90 * (n == 1)), "rejected": "b", "n": n} for n in range(3)]
     source = write(tmp_path / "pairs.jsonl", *records)
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: \d+ tokens"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: length: \d+ tokens"):
         score(source, tokenizer, tmp_path, sequence_length=80)
     rows = score(source, tokenizer, tmp_path, sequence_length=80, overlong="drop")
     assert rows.report["dropped_overlong"] == 1 and rows.report["kept"] == 2 and len(rows) == 4

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_align.data.tokenized_rows import TokenizedRows, TokenizedRowsWriter, open_or_build
+from nemo_align.data.tokenized_rows import TokenizedRows, open_or_build
+from nemo_align.data.tokenized_rows_writer import TokenizedRowsWriter
 
 
 def build_pairs(writer: TokenizedRowsWriter) -> dict[str, int]:

@@ -136,10 +136,11 @@ def test_ten_tokens_hold_no_dialogue(bench: Workbench) -> None:
     with pytest.raises(ValueError, match=r'no example is left.*"dropped_overlong": 1'):
         bench.sft(row, sequence_length=10)
     with pytest.raises(
-        ValueError, match=r"rows\.jsonl:1: \d+ tokens, data\.sequence_length is 10; raise it, set data\.overlong"
+        ValueError,
+        match=r"rows\.jsonl:1: length: \d+ tokens, data\.sequence_length is 10; raise it, set data\.overlong",
     ):
         bench.sft(row, sequence_length=10, overlong="error")
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: \d+ tokens even without its older turns"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: length: \d+ tokens even without its older turns"):
         bench.regression(row | {"x": 1}, sequence_length=10, overlong="truncate")
     with pytest.raises(ValueError, match=r"data\.overlong: unknown policy 'cut'"):
         bench.sft(row, overlong="cut")
@@ -153,7 +154,7 @@ def test_bad_rows_name_file_and_line(bench: Workbench) -> None:
         ValueError, match=r"rows\.jsonl:2: messages: missing, while earlier rows of the file are messages"
     ):
         bench.sft(good, {"prompt": "q", "completion": "a"})
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: no row format fits the columns text"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: columns: no row format fits text"):
         bench.sft({"text": "x"})
     with pytest.raises(ValueError, match=r"rows\.jsonl: no rows"):
         bench.sft()
@@ -278,7 +279,7 @@ def test_a_pair_keeps_both_responses_whole(bench: Workbench) -> None:
         assert rows.loss_tokens[0] == bench.preference(row).loss_tokens[0]
         starts.append(chosen.split("\n")[3])
     assert list(dict.fromkeys(starts)) == ["oldest question", "older question", "last question"]
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: \d+ tokens, data\.sequence_length"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: length: \d+ tokens, data\.sequence_length"):
         bench.preference(row, sequence_length=whole - 1)
     both = bench.preference(row, pair(), sequence_length=whole - 1, overlong="drop")
     assert len(both) == 1 and both.report["dropped_overlong"] == 1
