@@ -7,7 +7,9 @@ rpo trains on their differences.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +26,11 @@ from nemo_align.data.overlong import check_policy
 from nemo_align.data.preparation import converted_rows
 from nemo_align.data.regression import rated_tokens
 from nemo_align.data.rows import read_rows
-from nemo_align.data.tokenized_rows import TokenizedRows, open_or_build
+from nemo_align.data.tokenized_rows import TokenizedRows, open_or_build, rejected_path
 from nemo_align.data.tokenized_rows_writer import TokenizedRowsWriter
 from nemo_align.data.tokenizer import Tokenizer
+
+log = logging.getLogger("nemo_align")
 
 
 def tokenize_scoring(
@@ -74,7 +78,8 @@ def write_scored_rows(
     weights: Mapping[str, float],
     seed: int,
 ) -> int:
-    """Write the scored rows of `source` as JSON Lines, whole or not at all; returns how many.
+    """Write the scored rows of `source` as JSON Lines, whole or not at all; returns how many. Rows that were set aside
+    as wrong go to `<target's stem>.rejected.jsonl` with the reasons.
 
     `scores` [N, A] are those of the examples of `scored`, one column per attribute. A pair row gets `chosen_reward`,
     `rejected_reward` (weighted sums), `chosen_scores` and `rejected_scores` ({attribute: score}); a dialogue row gets
@@ -114,7 +119,22 @@ def write_scored_rows(
         os.replace(writing, target)
     finally:
         writing.unlink(missing_ok=True)
+    _publish_rejected(target, scored)
     return position
+
+
+def _publish_rejected(target: Path, scored: TokenizedRows) -> None:
+    """Beside the scored rows, those that `data.bad_rows=quarantine` left out of them: no row goes without a trace."""
+    beside = target.with_name(f"{target.stem}.rejected.jsonl")
+    if not scored.report.get("quarantined"):
+        beside.unlink(missing_ok=True)  # of an earlier attempt with other rows
+        return
+    try:
+        shutil.copyfile(rejected_path(scored.folder), beside)
+    except FileNotFoundError:
+        log.warning("%s is gone, so the rows that %s lacks are not listed", rejected_path(scored.folder), target)
+        return
+    log.warning("%s lacks %s wrong rows: see %s", target, f"{scored.report['quarantined']:,}", beside)
 
 
 def _line(record: dict[str, Any], where: str) -> str:

@@ -49,7 +49,7 @@ def _prepare(store: dist.Store, key: str, stop: StopRequest, function: Callable[
         store.set(key, _STOPPED)
         raise
     except Exception as error:  # any failure must reach the ranks that wait
-        store.set(key, (str(error) or type(error).__name__).encode())
+        store.set(key, (str(error) or type(error).__name__).encode("utf-8", "backslashreplace"))
         raise
     store.set(key, _DONE)
     return result

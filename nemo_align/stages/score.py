@@ -90,18 +90,22 @@ def run(config: ScoreStageConfig, topology: Topology, stop: StopRequest) -> None
         outputs[name] = f"{name}.jsonl"
         num_examples += len(rows)
         num_tokens += int(rows.lengths.sum())
-        if topology.is_main:
-            target = session.run_dir / outputs[name]
-            written = write_scored_rows(
-                target,
-                source,
-                rows,
-                scores,
-                attributes=reward.attributes,
-                weights=weights,
-                seed=config.runtime.seed,
-            )
-            logger.info("%s: %d rows scored -> %s", name, written, target)
+        target = session.run_dir / outputs[name]
+
+        def write(source=source, rows=rows, scores=scores, target=target, name=name) -> None:
+            if topology.is_main:
+                written = write_scored_rows(
+                    target,
+                    source,
+                    rows,
+                    scores,
+                    attributes=reward.attributes,
+                    weights=weights,
+                    seed=config.runtime.seed,
+                )
+                logger.info("%s: %d rows scored -> %s", name, written, target)
+
+        rank_zero_first(topology, stop, write)  # a failure here must reach the ranks that would go on
     _write_result(session, totals, outputs, num_examples, num_tokens)
 
 
