@@ -87,9 +87,10 @@ def _run(
     device.install()
     watchdog.beat("meeting the other ranks")
     grid = topology.initialize(config.parallel, config.runtime, environment)
-    watchdog.know(gather(watchdog.place()))
+    places = gather(watchdog.place())
     watchdog.beat("importing the stage")
     stage = importlib.import_module(f"nemo_align.stages.{verb}")
+    watchdog.know(places)
     try:
         afterwards = stage.run(config, grid, stop)
     except SystemExit as left:

@@ -38,6 +38,7 @@ FOLDER = "hang"
 NOTE_VARIABLE = "NEMO_ALIGN_HANG_NOTE"
 _FILE = re.compile(r"rank_(\d+)\.txt")
 _POLL_SECONDS = 1.0
+_START_SECONDS = 300.0  # a shorter timeout begins once the ranks have met: imports from a cold disk take minutes
 _ANSWER_SECONDS = 5.0  # for the stacks of the other ranks
 _LEAVE_SECONDS = 12.0  # from the first sign of a hang to the end, whatever the file system or the terminal do meanwhile
 _KERNEL_SECONDS = 15.0  # the kernel's timer comes that much later than the thread would
@@ -55,6 +56,7 @@ class Watchdog:
         self.timeout = timeout
         self.places = [""] * world_size  # where each rank runs, once the ranks have met
         self.places[rank] = place()
+        self._met = False
         self._doing = "starting"
         self._beats = 0
         self._poll = min(_POLL_SECONDS, timeout / 20)
@@ -70,6 +72,12 @@ class Watchdog:
         faulthandler.register(signal.SIGALRM, file=2, all_threads=True, chain=True)
         self._put_off_kernel()
         self._thread.start()
+
+    def know(self, places: Sequence[str]) -> None:
+        """The ranks have met, at `places`."""
+        self.places = list(places)
+        self._met = True
+        self.beat("the ranks have met")
 
     def beat(self, doing: str) -> None:
         """The main thread goes on; `doing`: with what."""
@@ -95,11 +103,15 @@ class Watchdog:
                 silent += min(now - before, 2 * self._poll)
             before = now
             # Ranks beat at different moments. Once one has given up, those that wait for the same thing answer too.
-            if silent >= self.timeout or (silent >= self.timeout / 2 and self._answers() - {self.rank}):
+            limit = self._limit()
+            if silent >= limit or (silent >= limit / 2 and self._answers() - {self.rank}):
                 self._give_up(silent)
 
+    def _limit(self) -> float:
+        return self.timeout if self._met else max(self.timeout, _START_SECONDS)
+
     def _put_off_kernel(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, self.timeout + _KERNEL_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, self._limit() + _KERNEL_SECONDS)
 
     def _give_up(self, silent: float) -> None:
         # A second thread, because each line below may block: a file system that is gone, a lock of the logger that the
@@ -200,9 +212,9 @@ def beat(doing: str) -> None:
 
 
 def know(places: Sequence[str]) -> None:
-    """Tell the watch where each rank runs (`place()` of each), so that it can name the silent one's host."""
+    """Tell the watch that the ranks have met, and where each runs (`place()`), so that it can name a silent one's."""
     if _watchdog is not None:
-        _watchdog.places = list(places)
+        _watchdog.know(places)
 
 
 def stop() -> None:
