@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,9 +36,21 @@ def pool2() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="session")
+def pool3() -> Iterator[WorkerPool]:
+    """Three workers."""
+    yield from _pool(3)
+
+
+@pytest.fixture(scope="session")
 def pool4() -> Iterator[WorkerPool]:
     """Four workers."""
     yield from _pool(4)
+
+
+@pytest.fixture
+def pools(request: pytest.FixtureRequest) -> Callable[[int], WorkerPool]:
+    """The pool of a number of workers, for tests whose parameters say how many."""
+    return lambda world_size: request.getfixturevalue(f"pool{world_size}")
 
 
 @pytest.fixture(scope="session")

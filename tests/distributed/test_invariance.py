@@ -1,0 +1,67 @@
+"""Every objective computes the same under every layout: losses, metrics, gradients and weights of three steps.
+
+Each case runs a whole stage through its entry point on real gloo processes and compares it with tests/oracle, a plain
+fp64 implementation that knows neither Megatron-core nor this package's model, objectives and training: every metric of
+metrics.jsonl of three steps and of the held-out set before and after, every element of the gradient of step 1 (from
+Adam's first moment, which a fully reshardable checkpoint holds whole), and every weight after step 3.
+
+The cases are a pairwise design (invariance_design.py): objective, micro-batch (packed, packed wide, 1, 2, 4), batch
+ramp, preference terms, DP 1/2/3, TP 1/2/4, SP, PP 1/2/4, VP 1/2, distributed optimizer, overlap, architecture (KV
+groups fewer than TP, a vocabulary that no TP divides, heads that do not add up to the hidden size), accumulation,
+recomputation, clipping, schedule. 42 of 1,572,480 combinations, every feasible pair of levels covered. The fast tier
+runs those 9 that have every level once.
+
+Tolerances of fp32, each several times the largest error of the design (the terminal summary prints both):
+- metrics 1e-5 of max(1, |value|): fp32 keeps 24 bits (6e-8), and a value has gone through sums of some hundred terms.
+- gradient 1e-5 of its largest element: sums over all tokens that nearly cancel keep the rounding of their terms.
+- weights 2e-3 of the learning rate: Adam's update changes by lr / eps x the gradient's error (eps is 1e-3 here), and a
+  weight of 0.5 has a spacing of 6e-8, 6e-5 of this learning rate.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import invariance_report
+from tests.distributed.invariance_design import BLOCKS, DESIGN, REPRESENTATIVES, name_of
+from tests.distributed.invariance_runs import Models, compare, oracle_of, overrides_of, parallel_of, verb_of, world_size
+from tests.distributed.stage_runs import run_stage
+from tests.oracle.pairwise import Case, feasible_pairs, number_of_cases, pairs_of
+
+METRICS, GRADIENT, WEIGHTS = 1e-5, 1e-5, 2e-3
+
+FAST = [pytest.param(case, id=name_of(case)) for case in REPRESENTATIVES]
+REST = [pytest.param(case, id=name_of(case), marks=pytest.mark.full) for case in DESIGN if case not in REPRESENTATIVES]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("case", [*FAST, *REST])
+def test_a_run_equals_the_oracle(case: Case, request, pools, models, stage_inputs, tmp_path):
+    overrides = overrides_of(case, stage_inputs, models)
+    records = run_stage(pools(world_size(case)), verb_of(case), tmp_path, overrides, parallel_of(case))
+    errors = compare(case, tmp_path, records, oracle_of(case, stage_inputs, models))
+    name, metric = max((error, name) for name, error in errors.metrics.items())[::-1]
+    found = {"metric": metric, "gradient": errors.gradient, "weight / lr": errors.weights}
+    invariance_report.record("fp32 against fp64", request.node.callspec.id, found)
+    assert metric <= METRICS, (name, errors.metrics)
+    assert errors.gradient <= GRADIENT
+    assert errors.weights <= WEIGHTS
+
+
+def test_the_design_covers_every_feasible_pair():
+    pairs = feasible_pairs(BLOCKS)
+    assert len(pairs) > 1000
+    covered = set().union(*map(pairs_of, DESIGN))
+    assert covered == pairs, "a pair is missing, or a case is not feasible"
+    for case in DESIGN:
+        for block in BLOCKS:
+            assert {key: case[key] for key in block[0]} in block, case
+    assert {level for case in REPRESENTATIVES for level in case.items()} == {
+        level for block in BLOCKS for combination in block for level in combination.items()
+    }
+    assert len(DESIGN) < 50 and f"{len(DESIGN)} of {number_of_cases(BLOCKS):,} combinations" in __doc__
+    assert f"those {len(REPRESENTATIVES)} that have every level once" in __doc__.replace("\n", " ")
