@@ -104,9 +104,14 @@ POISONED_ROW = 3  # of 30; read in the second batch of ten
 
 @pytest.fixture
 def poisoned(stage_inputs, policy, tmp_path) -> list[str]:
-    """Pairs, one of them with a reward gap whose square is beyond fp32."""
+    """Pairs of equal rewards but for one, under a scale of rewards that puts its squared gap beyond fp32.
+
+    Rows alone cannot do it: rewards that could are refused."""
     rows = [json.loads(line) for line in stage_inputs.rows("pairs").read_text().splitlines()[:30]]
-    rows[POISONED_ROW]["rejected_reward"] = -1e29
+    rows = [
+        {**row, "chosen_reward": 1.0, "rejected_reward": float(number != POISONED_ROW)}
+        for number, row in enumerate(rows)
+    ]
     path = tmp_path / "poisoned.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return overrides_of(
@@ -115,6 +120,7 @@ def poisoned(stage_inputs, policy, tmp_path) -> list[str]:
         policy,
         f"data.train.rows.path={path}",
         "preference.preference_loss=rpo_sq",
+        "preference.gt_reward_scale=1e20",
         "checkpoint.save_every=1",
         "checkpoint.keep_last=9",
     )
@@ -152,7 +158,7 @@ def test_skipping_has_a_limit(pool1, poisoned, tmp_path):
     assert len(numbers(run_stage(pool1, "preference", tmp_path / "once", overrides), "train")) == 3
     path = tmp_path / "all.jsonl"
     rows = [json.loads(line) for line in (tmp_path / "poisoned.jsonl").read_text().splitlines()]
-    path.write_text("".join(json.dumps({**row, "rejected_reward": -1e29}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({**row, "rejected_reward": 0.0}) + "\n" for row in rows))
     with pytest.raises(RemoteError) as caught:
         run_stage(pool1, "preference", tmp_path / "always", [*overrides, f"data.train.rows.path={path}"])
     assert "step 2: loss inf" in str(caught.value) and "2 steps in a row were not finite" in str(caught.value)
