@@ -1,6 +1,7 @@
 # Each target does its own set-up in .venv; a second call finds it done. Needs Python 3.11 or newer, with venv.
 #   make quickstart   the whole recipe on real data, without a GPU
-#   make test         the tests
+#   make test         the tests, without the long proofs
+#   make test-full    the long proofs: every pair of layouts, hundreds of kills, memory; FAULT_KILLS=... for more kills
 #
 # PYTHON=...    interpreter to build .venv with
 # PIP_ARGS=...  more options for pip, such as another index for torch
@@ -25,7 +26,7 @@ EXTRAS_lint := dev
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart quickstart-short quickstart-data test test-312 lint format clean
+.PHONY: help quickstart quickstart-short quickstart-data test test-full test-faults test-312 lint format clean
 
 help:
 	@sed -n '2,/^SHELL/{/^#/s/^# \{0,1\}//p}' Makefile
@@ -56,7 +57,14 @@ quickstart-short: $(VENV)/.ready-quickstart $(DATA)/manifest.json
 	$(BIN)/nemo-align pipeline +experiment=quickstart/short
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not full' $(PYTEST_ARGS)
+
+test-full: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m full $(PYTEST_ARGS)
+
+# Kills, full disks, damaged checkpoints and frozen ranks under real runs: a part of test-full.
+test-faults: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m full tests/faults $(PYTEST_ARGS)
 
 # The other end of the supported range: megatron-core 0.19 needs Python 3.12.
 test-312:
