@@ -6,36 +6,27 @@ Every function here is collective: all ranks call it with the same arguments.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import sharded_state, store
-from nemo_align.checkpoint.agreement import agree, gather, on_main
+from nemo_align.checkpoint.agreement import gather, on_main
 from nemo_align.checkpoint.architecture import architecture_problems
 from nemo_align.checkpoint.head_and_rows import settle_head, vocabulary_problems
 from nemo_align.checkpoint.safe_reading import read_metadata
+from nemo_align.checkpoint.saver import Saveable, Saver
 from nemo_align.checkpoint.store import CheckpointReference
-from nemo_align.checkpoint.torch_dist import load_sharded, save_sharded
+from nemo_align.checkpoint.torch_dist import load_sharded
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.runtime import seeds
 from nemo_align.runtime.topology import Topology
 
-TOKENIZER = "tokenizer"
 _SAME_MODEL_SPLIT = ("tensor", "pipeline", "virtual_pipeline")  # what dp_reshardable does not let change
 
 logger = logging.getLogger("nemo_align")
-
-
-class Saveable(Protocol):
-    """A tokenizer, as far as a checkpoint is concerned."""
-
-    def save(self, folder: Path) -> None: ...
 
 
 def save(
@@ -66,41 +57,26 @@ def save(
             and load only where TP and PP are the same.
         fully_reshardable: a periodic save whose optimizer state loads under any layout, as the final one's does.
     """
-    sharding = sharded_state.sharding_of(optimizer, fully=final or fully_reshardable)
-    temporary = Path(on_main(topology, lambda: str(store.begin(run_dir, step))))
-    content = sharded_state.model_state(model_chunks, sharding)
-    if optimizer is not None:
-        content["optimizer"] = sharded_state.optimizer_state(optimizer, content, sharding, is_loading=False)
-    if scheduler is not None:
-        content["scheduler"] = scheduler.state_dict()
-    content[sharded_state.RNG_KEY] = sharded_state.rng_object(seeds.rng_state(), topology)
-    save_sharded(content, temporary, sharded_state.format_metadata(sharding))
-    on_main(topology, lambda: tokenizer.save(temporary / TOKENIZER))
-
-    described = {
-        "verb": verb,
-        "step": step,
-        "final": final,
-        "model": asdict(model_config),
-        "reward": reward_entry(reward_config),
-        "layout": topology.layout(),
-        "optimizer_sharding": sharding,
-        "dtype": dtype,
-        "tokenizer": TOKENIZER,
-        "state": state,
-        "files": _describe_together(temporary, topology),
-        "megatron_core": version("megatron-core"),
-        "torch": torch.__version__,
-    }
-    target = store.checkpoint_path(run_dir, step)
-
-    def publish() -> str:
-        manifests.write_manifest(temporary, described)
-        return str(store.publish(temporary, target))
-
-    path = Path(on_main(topology, publish))
-    logger.info("saved %s (%.2f GB)", path, sum(entry["bytes"] for entry in described["files"].values()) / 1e9)
-    return path
+    saver = Saver(run_dir, topology)
+    saver.start(
+        step,
+        model_chunks=model_chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        state=state,
+        verb=verb,
+        model_config=model_config,
+        reward_config=reward_config,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        final=final,
+        fully_reshardable=fully_reshardable,
+        copy=False,
+    )
+    report = saver.wait()
+    assert report is not None
+    logger.info("saved %s (%.2f GB)", report.path, report.num_bytes / 1e9)
+    return report.path
 
 
 def load_weights(
@@ -216,30 +192,6 @@ def newest_resumable(run_dir: Path | str, topology: Topology) -> Path | None:
             return path
         store.warn_skipped(path, problems)
     return None
-
-
-def reward_entry(reward_config: RewardConfig | None) -> dict | None:
-    """The manifest's description of a reward head."""
-    if reward_config is None:
-        return None
-    return {
-        "attributes": list(reward_config.attributes),
-        "weights": dict(reward_config.weights) if reward_config.weights is not None else None,
-        "head_bias": reward_config.head_bias,
-    }
-
-
-def _describe_together(folder: Path, topology: Topology) -> dict[str, dict]:
-    """Size and checksum of every file, each read by one rank: by its writer where the name tells (it has it cached)."""
-    names = on_main(topology, lambda: manifests.list_files(folder))
-    mine = [name for index, name in enumerate(names) if _owner(name, index, topology) == topology.rank]
-    parts = gather(agree(lambda: manifests.describe_files(folder, mine)))
-    return dict(sorted((name, entry) for part in parts for name, entry in part.items()))
-
-
-def _owner(name: str, index: int, topology: Topology) -> int:
-    writer = name.removeprefix("__").split("_")[0]
-    return (int(writer) if name.endswith(".distcp") and writer.isdigit() else index) % topology.world_size
 
 
 def _verify(path: Path, manifest: dict, topology: Topology) -> None:

@@ -29,8 +29,9 @@ from nemo_align.checkpoint.manifest import write_durably
 from nemo_align.checkpoint.safe_reading import METADATA_FILE, read_metadata
 
 COMMON_FILE = "common.pt"
-_CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-_CONFIG |= {"common_backend": "torch", "common_backend_version": 1}
+CONFIG_FILE = "metadata.json"
+CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+CONFIG |= {"common_backend": "torch", "common_backend_version": 1}
 
 
 class TensorReader:
@@ -94,7 +95,14 @@ class TensorReader:
             raise ValueError(f"{self.folder}: the piece of {key} at {list(offsets)} is not stored: it is damaged")
         with open(self.folder / info.relative_path, "rb") as stream:
             view = _create_file_view(stream, info.offset, info.length)
-            return torch.load(view, map_location="cpu", weights_only=True)
+            try:
+                piece = torch.load(view, map_location="cpu", weights_only=True)
+            except Exception as error:  # damaged or malicious bytes can raise anything
+                reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" Please ")[0]
+                raise ValueError(f"{self.folder / info.relative_path} is refused at {key}: {reason}") from None
+        if not isinstance(piece, torch.Tensor):
+            raise ValueError(f"{self.folder / info.relative_path} is refused: {key} is no tensor in it")
+        return piece
 
 
 class TensorWriter:
@@ -132,4 +140,4 @@ class TensorWriter:
         metadata = Metadata(self._entries, storage_data=self._places, storage_meta=StorageMeta())
         write_durably(self.folder / METADATA_FILE, pickle.dumps(metadata))
         torch.save({}, self.folder / COMMON_FILE)
-        write_durably(self.folder / "metadata.json", json.dumps(_CONFIG).encode())
+        write_durably(self.folder / CONFIG_FILE, json.dumps(CONFIG).encode())

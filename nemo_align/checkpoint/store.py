@@ -87,14 +87,52 @@ def warn_skipped(path: Path, problems: list[str]) -> None:
     logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems[:3]))
 
 
-def begin(run_dir: Path | str, step: int) -> Path:
-    """A new temporary folder to write the checkpoint of `step` into; what crashed saves left is removed."""
+def begin(run_dir: Path | str, step: int, num_bytes: int = 0) -> Path:
+    """A new temporary folder to write the checkpoint of `step` into; what crashed saves left is removed.
+
+    Raises:
+        ValueError: it cannot be made, or fewer than `num_bytes` are free on its disk.
+    """
     folder = Path(run_dir) / CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
     temporary = folder / f"{TEMPORARY}step_{step:07d}-{secrets.token_hex(4)}"
-    temporary.mkdir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir)
+        _check_space(folder, num_bytes)
+        temporary.mkdir()
+    except OSError as error:
+        raise ValueError(f"the checkpoint of step {step} cannot be written: {cause(error, folder)}") from None
     return temporary
+
+
+def discard(temporary: Path) -> None:
+    """Delete the folder of a save that failed, as far as the disk lets us."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(run_dir: Path | str) -> None:
+    """Remove what saves that died left behind; put back a checkpoint whose replacement was not published.
+
+    Raises OSError on a disk that cannot be written.
+    """
+    folder = Path(run_dir) / CHECKPOINTS
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(TEMPORARY):
+            logger.info("removing %s, left by a save that did not finish", path)
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.endswith(REPLACED):
+            if (original := path.with_name(path.name.removesuffix(REPLACED))).exists():
+                _remove(path)
+            else:
+                os.rename(path, original)
+
+
+def cause(error: BaseException, folder: Path) -> str:
+    """An error while writing into `folder`, in one line that names a path."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or folder}: {error.strerror}"
+    first = next(iter(str(error).splitlines()), "")
+    return f"{folder}: {type(error).__name__}: {first}"
 
 
 def publish(temporary: Path, target: Path) -> Path:
@@ -115,14 +153,27 @@ def publish(temporary: Path, target: Path) -> Path:
     return target
 
 
-def apply_retention(run_dir: Path | str, keep_last: int) -> list[Path]:
+def apply_retention(run_dir: Path | str, keep_last: int, *, published: Path | None = None) -> list[Path]:
     """Delete old periodic checkpoints; returns the deleted.
 
     Kept: every final one, the newest `keep_last` whole periodic ones, and always the newest whole one. A damaged one
     is deleted only when a whole one that is newer stays.
+
+    Args:
+        published: the checkpoint that was just written, and so is known to be whole. A run resumes from the newest
+            checkpoint whose checksums hold, so what is newer than `published` was found damaged then: sizes alone,
+            which are compared here, might not tell. It counts for nothing and is deleted.
     """
     kept, doomed, periodic = [], [], 0
+    if published is not None:
+        kept.append(published)
+        periodic = 0 if read_manifest(published)["final"] else 1
     for path in candidates(run_dir):
+        if path == published:
+            continue
+        if published is not None and _step_of(path) > _step_of(published):
+            doomed.append(path)
+            continue
         if find_problems(path, checksums=False):
             if kept:
                 doomed.append(path)
@@ -207,17 +258,20 @@ def manifest_hash(reference: CheckpointReference | Path | str) -> str:
     return digest.hexdigest()
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what saves that died left behind; put back a checkpoint whose replacement was not published."""
-    for path in folder.iterdir():
-        if path.name.startswith(TEMPORARY):
-            logger.info("removing %s, left by a save that did not finish", path)
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name.endswith(REPLACED):
-            if (original := path.with_name(path.name.removesuffix(REPLACED))).exists():
-                _remove(path)
-            else:
-                os.rename(path, original)
+def _step_of(path: Path) -> int:
+    match = _STEP.match(path.name.removesuffix(REPLACED))
+    assert match, path
+    return int(match[1])
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < num_bytes:  # some network file systems tell nothing: zero bytes in all
+        raise ValueError(
+            f"the next checkpoint needs {num_bytes:,} bytes ({num_bytes / 1e9:.2f} GB), and {folder} has "
+            f"{usage.free:,} ({usage.free / 1e9:.2f} GB) free: make room there, lower checkpoint.keep_last, or move "
+            "run_dir to a larger disk, and start the same command again"
+        )
 
 
 def _remove(path: Path) -> None:

@@ -1,9 +1,8 @@
-"""Writing and reading Megatron-core's torch_dist format inside a process group, over both ends of megatron-core.
+"""Reading Megatron-core's torch_dist format inside a process group, over both ends of megatron-core.
 
 The seams of the versions, all here: 0.16 keeps what is not a tensor in `common.pt` and takes a strategy for it, 0.19
-keeps it as the byte entry `common_state` and reads both. Both write through forked writer processes and a spawned
-manager; we write with torch's own synchronous writer, which needs neither, reports a full disk on every rank, and puts
-the same files down.
+keeps it as the byte entry `common_state` and reads both. Both would write through forked writer processes and a spawned
+manager: `snapshot` writes the same files without.
 """
 
 from __future__ import annotations
@@ -14,21 +13,13 @@ import pickle
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_align.checkpoint.safe_reading import read_metadata, restricted_reading
+from nemo_align.checkpoint.storage import COMMON_FILE
 
-COMMON_FILE = "common.pt"
 COMMON_KEY = "common_state"  # 0.19's entry for what is not a tensor
 
 try:  # megatron-core below 0.17: a load takes the strategy that reads common.pt
@@ -42,30 +33,6 @@ else:
             return read_common(Path(checkpoint_dir))
 
     _LOAD_OPTIONS = {"common_strategy": _CommonOfEitherVersion()}
-
-
-class _SynchronousSave(TorchDistSaveShardedStrategy):
-    """Megatron's plan of what each rank writes, torch's plain writer."""
-
-    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        dcp.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-def save_sharded(state: dict, folder: Path, content_metadata: dict) -> None:
-    """Write a sharded state dict into an empty folder. Collective. Data-parallel replicas share the writing."""
-    strategy = _SynchronousSave("torch_dist", 1)
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if group.size() > 1:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
-    try:
-        dist_checkpointing.save(state, str(folder), strategy, content_metadata=content_metadata)
-    except CheckpointException as error:
-        raise OSError(f"the checkpoint could not be written to {folder}: {_reason(error)}") from error
 
 
 def load_sharded(state: dict, folder: Path) -> dict:
@@ -93,8 +60,11 @@ def _reason(error: BaseException) -> str:
 
 def read_common(folder: Path) -> dict:
     """What a checkpoint holds besides tensors and per-rank objects, whichever megatron-core wrote it."""
-    if (folder / COMMON_FILE).exists():
-        return torch.load(folder / COMMON_FILE, map_location="cpu", weights_only=True)
+    if (path := folder / COMMON_FILE).exists():
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged or malicious bytes can raise anything
+            raise ValueError(f"{path} is refused: {_reason(error)}") from None
     key = ShardedObject(COMMON_KEY, None, (1,), (0,)).unique_key
     metadata = read_metadata(folder)
     entries = [info for index, info in metadata.storage_data.items() if index.fqn == key]

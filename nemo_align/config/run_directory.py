@@ -6,22 +6,28 @@ them by rounding only. Anything else is refused with the keys that differ.
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import os
+import socket
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_align.config.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
 # No influence on the trained weights.
 FREE_KEYS = (
     "run_dir",  # the same folder under another name
     "tracking.*",
     "checkpoint.save_every",
     "checkpoint.keep_last",
+    "checkpoint.asynchronous",
     "checkpoint.export_hf",
     "train.log_every",
     "train.validate_every",
@@ -43,6 +49,42 @@ LAYOUT_KEYS = (
 )
 _POLL_SECONDS = 0.1
 Difference = tuple[str, Any, Any]  # key, saved value, new value
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory: two commands in one would write the same checkpoints and records.
+
+    The kernel lets go of the lock when the process ends, however it ends. On a file system without locks (some mounts
+    of Lustre) there is a note in place of the protection.
+
+    Raises:
+        ConfigError: another command holds it, or it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "a process"
+            raise ConfigError(
+                f"run_dir={run_dir} is in use: another command ({holder}) runs in it. Wait for it, stop it, or choose "
+                "another run_dir"
+            ) from None
+        except OSError as error:
+            print(f"note: run_dir={run_dir} cannot be locked ({error}): start one command at a time", file=sys.stderr)
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        except OSError as error:
+            raise ConfigError(f"run_dir={run_dir} cannot be written: {error}") from None
+        yield
 
 
 def claim(verb: str, run_dir: Path, text: str, same_run: Sequence[str] = ()) -> list[Difference]:

@@ -10,10 +10,10 @@ import logging
 import math
 import time
 from dataclasses import asdict
+from typing import NoReturn
 
 from nemo_align.checkpoint.agreement import on_main
-from nemo_align.checkpoint.megatron import load_training, newest_resumable, save
-from nemo_align.checkpoint.store import apply_retention
+from nemo_align.checkpoint.megatron import load_training, newest_resumable
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.runtime import watchdog
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
@@ -29,6 +29,7 @@ from nemo_align.training.optimizer import (
     wrap_data_parallel,
 )
 from nemo_align.training.result import read_result
+from nemo_align.training.saving import Saving
 from nemo_align.training.schedule_step import StepOutcome, run_step
 from nemo_align.training.session import Session
 from nemo_align.training.state import TrainState
@@ -60,7 +61,7 @@ class Trainer:
         )
         self.state = TrainState(data_fingerprint=task.train.fingerprint, initial_identity=session.initial_identity)
         self.validation_totals = ForwardTotals()
-        self._counted_until = session.opened
+        self.saving = Saving(session, task, self.model_chunks, self.optimizer, self.scheduler)
 
     def run(self) -> dict[str, float] | None:
         """Train to the end; returns the held-out metrics there, or None if an earlier process had come to it already.
@@ -74,6 +75,7 @@ class Trainer:
         if self.state.step == self.num_steps and written:
             return None
         self.telemetry = Telemetry(self.session, self.task, self.num_steps, self.state)
+        self.saving.telemetry = self.telemetry
         validate_every = self.config.train.validate_every
         try:
             if not resumed:
@@ -87,7 +89,7 @@ class Trainer:
                 self._validate()
             while self.state.step < self.num_steps:
                 self._step()
-                if self.session.stop.agreed(self.topology):
+                if self.saving.agreed(self.topology):
                     raise Stopped
                 if self.state.step == self.num_steps:
                     break
@@ -97,11 +99,12 @@ class Trainer:
                     self._save()
             last_validation = self._validate()
         except Stopped:
-            self._save()
+            self._save(wait=True)
             logger.info("stopped by a signal at step %d of %d: saved", self.state.step, self.num_steps)
             self.telemetry.close()
             raise SystemExit(STOPPED_AFTER_SAVING) from None
         except BaseException:
+            self.saving.abandon()
             self.telemetry.close()
             raise
         self._save(final=True)
@@ -145,7 +148,7 @@ class Trainer:
 
     def _leave_out(self, failure: str) -> None:
         if self.config.train.nonfinite == "error":
-            raise ValueError(
+            self._give_up(
                 f"{failure}: stopped before the update; the last checkpoint is good. Lower optimizer.lr, look at the "
                 "rows of this step, or set train.nonfinite=skip to leave such steps out"
             )
@@ -153,10 +156,18 @@ class Trainer:
         self.state.skipped_in_a_row += 1
         logger.warning("%s: update skipped (%d so far)", failure, self.state.skipped_steps)
         if self.state.skipped_in_a_row >= self.config.train.nonfinite_limit:
-            raise ValueError(
+            self._give_up(
                 f"{failure}: {self.state.skipped_in_a_row} steps in a row were not finite (train.nonfinite_limit): the "
                 "weights are at fault, not the rows. Start again from an older checkpoint with a lower optimizer.lr"
             )
+
+    def _give_up(self, message: str) -> NoReturn:
+        """End the run for a reason that every rank meets at this step: the save in flight can still be finished."""
+        try:
+            self.saving.finish()
+        except ValueError as error:
+            logger.error("%s", error)
+        raise ValueError(message)
 
     def _validate(self) -> dict[str, float]:
         if not self.task.validation:
@@ -167,7 +178,7 @@ class Trainer:
             self.task.validation,
             self.task.objective,
             self.topology,
-            self.session.stop,
+            self.saving,
             self.validation_totals,
             batch_size=self.config.train.global_batch_size,
             set_metrics=self.task.set_metrics,
@@ -180,35 +191,10 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.state.step % every == 0
 
-    def _save(self, *, final: bool = False) -> None:
-        if self.config.parallel.overlap_param_gather:
-            for chunk in self.model_chunks:  # else the last update would be gathered by the next forward pass only
-                chunk.disable_forward_pre_hook(param_sync=True)
-                chunk.enable_forward_pre_hook()
-        watchdog.beat(f"saving step {self.state.step}")
-        now = time.monotonic()
-        self.state.seconds += now - self._counted_until
-        self._counted_until = now
+    def _save(self, *, final: bool = False, wait: bool = False) -> None:
         self.state.validation_totals = asdict(self.validation_totals)
         self.telemetry.progress.pause()
-        save(
-            self.session.run_dir,
-            self.state.step,
-            model_chunks=self.model_chunks,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            state=self.state.to_dict(),
-            topology=self.topology,
-            verb=self.task.verb,
-            model_config=self.config.model,
-            reward_config=self.task.reward,
-            dtype=self.config.precision.dtype,
-            tokenizer=self.task.tokenizer,
-            final=final,
-            fully_reshardable=self.config.checkpoint.fully_reshardable,
-        )
-        if self.topology.is_main:
-            apply_retention(self.session.run_dir, self.config.checkpoint.keep_last)
+        self.saving.save(self.state, final=final, wait=wait)
         self.telemetry.progress.resume()
 
     def _resume(self) -> bool:

@@ -20,7 +20,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends records to <run_dir>/metrics.jsonl; each line is on its way to the disk when `write` returns.
 
-    A record has "kind" (train | validation | forward), "step" and, where several of a kind share a step, "name".
+    A record has "kind" (train | validation | save | forward), "step" and, where several of a kind share a step, "name".
     These three occur once in a file: a record that is written again after a resume takes the place of the earlier one.
     """
 

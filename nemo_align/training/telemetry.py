@@ -66,6 +66,10 @@ class Telemetry:
             shown = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in whole.items())
             logger.info("held out, step %d: %s", step, shown)
 
+    def saved(self, step: int, metrics: Mapping[str, float]) -> None:
+        """How long the save of `step` took; known some steps later."""
+        self._write("save", metrics, step)
+
     def finish(self, last_validation: dict[str, float], validation_totals: ForwardTotals) -> None:
         """Write result.json: the stage is complete."""
         self.close()
@@ -108,9 +112,10 @@ class Telemetry:
             for tracker in self.trackers:
                 tracker.close()
 
-    def _write(self, kind: str, metrics: Mapping[str, float]) -> None:
+    def _write(self, kind: str, metrics: Mapping[str, float], step: int | None = None) -> None:
         if not self.enabled:
             return
-        self.writer.write({"kind": kind, "step": self.state.step, **metrics})
+        step = self.state.step if step is None else step
+        self.writer.write({"kind": kind, "step": step, **metrics})
         for tracker in self.trackers:
-            tracker.log(self.state.step, metrics)
+            tracker.log(step, metrics)
