@@ -18,7 +18,8 @@ import numpy as np
 def load_array(path: Path, *, remedy: str) -> np.ndarray:
     """A `.npy` file, memory-mapped read-only. Raises ValueError with the file's name for anything but plain numbers."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        # Not numpy.load, which takes a zip for an archive of arrays.
+        return np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} holds no plain numbers ({_first_line(error)}); {remedy}") from None
 
@@ -37,7 +38,13 @@ def without_pickles() -> Iterator[None]:
             args = (*args[:2], False, *args[3:])
         else:
             kwargs["allow_pickle"] = False
-        return load(*args, **kwargs)
+        try:
+            return load(*args, **kwargs)
+        except ValueError as error:
+            name = args[0] if args else kwargs.get("file")
+            raise ValueError(
+                f"{name} holds no plain numbers ({_first_line(error)}); delete it, it is built again"
+            ) from None
 
     with patch.object(np, "load", plain):
         yield
