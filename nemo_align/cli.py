@@ -267,16 +267,17 @@ def _run_here(verb: str, config: Any, environment: LaunchEnvironment) -> int:
     check_data_parallel(config, check_world_size(config.parallel, environment.world_size))
     run_dir = Path(config.run_dir)
     if environment.rank == 0:
-        _claim(verb, config)
-    else:
-        _accept_signals()  # if rank 0 refuses, the launcher ends us: nothing is there to be saved yet
-        run_directory.wait_for(verb, run_dir, to_yaml(config), _CLAIM_SECONDS)
+        with run_directory.exclusive(run_dir):
+            _claim(verb, config)
+            return worker.main(verb, str(run_dir / run_directory.CONFIG_FILE))
+    _accept_signals()  # if rank 0 refuses, the launcher ends us: nothing is there to be saved yet
+    run_directory.wait_for(verb, run_dir, to_yaml(config), _CLAIM_SECONDS)
     return worker.main(verb, str(run_dir / run_directory.CONFIG_FILE))
 
 
 def _start_workers(verb: str, config: Any) -> int:
     """A bare command: one worker per GPU; without a GPU, tensor x pipeline x data of them."""
-    from nemo_align.config.run_directory import CONFIG_FILE
+    from nemo_align.config.run_directory import CONFIG_FILE, exclusive
     from nemo_align.config.validation import check_accelerator, check_data_parallel
     from nemo_align.runtime import local_launch
 
@@ -287,16 +288,17 @@ def _start_workers(verb: str, config: Any) -> int:
     num_workers = cell * data
     _refuse_too_many(num_workers, num_gpus)
     check_data_parallel(config, data)
-    _claim(verb, config)
-    command = [sys.executable, "-m", "nemo_align.worker", verb, str(Path(config.run_dir) / CONFIG_FILE)]
-    return local_launch.launch(
-        command,
-        num_workers,
-        Path(config.run_dir) / "logs",
-        run_dir=config.run_dir,
-        max_restarts=config.runtime.max_restarts,
-        hang_seconds=60.0 * config.runtime.hang_timeout_minutes,
-    )
+    run_dir = Path(config.run_dir)
+    with exclusive(run_dir):
+        _claim(verb, config)
+        return local_launch.launch(
+            [sys.executable, "-m", "nemo_align.worker", verb, str(run_dir / CONFIG_FILE)],
+            num_workers,
+            run_dir / "logs",
+            run_dir=run_dir,
+            max_restarts=config.runtime.max_restarts,
+            hang_seconds=60.0 * config.runtime.hang_timeout_minutes,
+        )
 
 
 def _refuse_too_many(num_workers: int, num_gpus: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -10,13 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import FrameType
 
 from nemo_align.pipeline.chain import Stage
 from nemo_align.runtime.parent_death import die_with_parent
 
-LOCK_FILE = ".lock"
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -65,25 +62,3 @@ class LocalRunner:
         self.stopped = True
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
-
-
-@contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory: two pipelines in one would train into the same checkpoints.
-
-    The kernel lets go of the lock when the process ends, however it ends. Raises ValueError if another holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / LOCK_FILE, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise ValueError(
-                f"another pipeline (process {holder}) runs in {run_dir}: wait for it, stop it, or choose another one"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield

@@ -11,9 +11,10 @@ from typing import Any
 
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.config.pipeline import PipelineConfig
+from nemo_align.config.run_directory import exclusive
 from nemo_align.pipeline import slurm
 from nemo_align.pipeline.chain import Stage, build_chain, compose_chain
-from nemo_align.pipeline.local import LocalRunner, command, exclusive
+from nemo_align.pipeline.local import LocalRunner, command
 from nemo_align.pipeline.manifest import Manifest, read_manifest, update
 from nemo_align.pipeline.resume import config_hash, is_complete, log_file, output_identity, stages_to_run
 from nemo_align.pipeline.summary import summarize
@@ -71,9 +72,8 @@ def _run_here(run_dir: Path, stages: list[Stage], todo: list[Stage], manifest: M
                 _say("stopped; the same command goes on from here")
                 return code or exit_codes.STOPPED_AFTER_SAVING
             if status == "failed":
-                _say(
-                    f"stage {stage.name} failed (exit code {code}), see {log_file(stage)}; the same command resumes it"
-                )
+                how = "made no progress" if code == exit_codes.HUNG else "failed"
+                _say(f"stage {stage.name} {how} (exit code {code}), see {log_file(stage)}; the same command resumes it")
                 summarize(run_dir, manifest)
                 return code
         summarize(run_dir, manifest)

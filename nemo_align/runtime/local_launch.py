@@ -7,6 +7,7 @@ ended themselves because they made no progress (`watchdog`), are started again a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -144,7 +145,7 @@ def _run_workers(
     hang_seconds: float,
 ) -> _Outcome:
     workers: list[_Worker] = []
-    with tempfile.TemporaryDirectory(prefix="nemo_align_") as meeting_place:
+    with _meeting_place(log_dir) as meeting_place:
         try:
             for rank in range(num_workers):
                 variables = _worker_variables(env, rank, num_workers, f"file://{meeting_place}/store")
@@ -152,6 +153,18 @@ def _run_workers(
             return _supervise(workers, received, hang_seconds)
         finally:
             _kill(workers)
+
+
+@contextmanager
+def _meeting_place(log_dir: Path) -> Iterator[str]:
+    """A folder on this machine's own disk where the workers find each other. Those that commands of the same run left
+    when they were killed are removed: their names tell the run, and a run has one command at a time."""
+    run = hashlib.blake2b(os.fsencode(log_dir.resolve()), digest_size=6).hexdigest()
+    prefix = f"nemo_align_{run}_"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield folder
 
 
 def _worker_variables(env: Mapping[str, str] | None, rank: int, world_size: int, init_method: str) -> dict[str, str]:

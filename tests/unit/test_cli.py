@@ -33,7 +33,9 @@ def _files(tmp_path, monkeypatch):
 def launched(monkeypatch):
     """Records what would be started in place of starting it: workers have tests of their own."""
     calls = []
-    monkeypatch.setattr(local_launch, "launch", lambda command, workers, logs: calls.append((command, workers)) or 0)
+    monkeypatch.setattr(
+        local_launch, "launch", lambda command, workers, logs, **_: calls.append((command, workers)) or 0
+    )
     monkeypatch.setattr(local_launch, "number_of_gpus", lambda: 0)
     return calls
 
@@ -199,7 +201,7 @@ def test_starting_workers_imports_no_torch():
     """Up to the moment of the launch, which is a process of its own."""
     code = (
         "import sys; from nemo_align import cli; from nemo_align.runtime import local_launch\n"
-        "local_launch.launch = lambda *_: 0\n"
+        "local_launch.launch = lambda *_, **__: 0\n"
         "assert cli.main(sys.argv[1:]) == 0\n"
         "assert not {'torch', 'megatron'} & set(sys.modules)"
     )

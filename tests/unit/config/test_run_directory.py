@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from nemo_align.config.compose import load_resolved, to_yaml
 from nemo_align.config.errors import ConfigError
-from nemo_align.config.run_directory import claim, differences, wait_for
+from nemo_align.config.run_directory import claim, differences, exclusive, wait_for
 from nemo_align.config.stages import SftStageConfig
 
 
@@ -74,6 +80,39 @@ def test_an_unwritable_directory(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         claim("sft", tmp_path / "file" / "run", _text())
+
+
+def test_one_command_at_a_time(tmp_path):
+    run_dir = tmp_path / "run"
+    code = "import sys, pathlib; from nemo_align.config.run_directory import exclusive\n"
+    code += "with exclusive(pathlib.Path(sys.argv[1])): print('holds', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(run_dir)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert other.stdout.readline() == b"holds\n"
+        with pytest.raises(ConfigError, match=rf"another command \(process {other.pid} on .*\) runs in it") as refused:
+            with exclusive(run_dir):
+                raise AssertionError
+        assert str(run_dir) in str(refused.value)
+    finally:
+        other.kill()
+        other.wait()
+    with exclusive(run_dir):  # a killed command holds nothing
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_note(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)  # as on Lustre mounted without flock
+    with exclusive(tmp_path):
+        pass
+    assert "cannot be locked" in capsys.readouterr().err
 
 
 def test_other_ranks_wait_for_rank_0(tmp_path):

@@ -205,7 +205,7 @@ def test_two_pipelines_in_one_folder_are_refused(tmp_path, overrides):
     pipeline = in_own_process(overrides)
     try:
         wait_for(tmp_path / "run" / "one" / "waiting")
-        with pytest.raises(ValueError, match=f"another pipeline \\(process {pipeline.pid}\\) runs in"):
+        with pytest.raises(ValueError, match=f"is in use: another command \\(process {pipeline.pid} on "):
             start(overrides)
     finally:
         pipeline.kill()
