@@ -107,10 +107,12 @@ def check_dialogue(dialogue: Dialogue, field: str) -> Dialogue:
     return dialogue
 
 
-def check_pair(pair: Pair) -> Pair:
-    """A prompt that a response can follow, two responses, and rewards for both or for none."""
-    check_prompt(pair.messages)
-    for field, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+def check_pair(pair: Pair, *, prompt: str = "prompt", responses: tuple[str, str] = ("chosen", "rejected")) -> Pair:
+    """A prompt that a response can follow, two responses, and rewards for both or for none.
+
+    `prompt` and `responses` (chosen, rejected) are the columns that hold them."""
+    check_prompt(pair.messages, prompt)
+    for field, response in zip(responses, (pair.chosen, pair.rejected), strict=True):
         if not response.strip():
             raise RowError(field, "empty response", "remove the row")
     if (pair.chosen_reward is None) != (pair.rejected_reward is None):

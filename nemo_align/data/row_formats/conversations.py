@@ -47,7 +47,7 @@ def rated(record: Mapping[str, Any], attributes: list[str]) -> list[Rated]:
         if not turn.get("label"):
             continue
         field = f"conversations[{number}].label"
-        scores = _parse_label(fields.text(turn, "label"), field)
+        scores = _parse_label(fields.text({field: turn["label"]}, field), field)
         chosen = {name: scores.get(name) for name in attributes}
         found.append(check_rated(Rated(everything[: number + offset + 1], chosen), f"conversations[{number}]"))
     if not found:

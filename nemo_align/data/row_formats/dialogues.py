@@ -62,10 +62,10 @@ def alpaca(record: Mapping[str, Any]) -> Dialogue:
 def alpaca_prompt(record: Mapping[str, Any]) -> tuple[Message, ...]:
     """Instruction, newline, input; after the history."""
     turns: list[Message] = []
-    history = record.get("history") or []
-    if not isinstance(history, list):
+    history = record.get("history")
+    if history is not None and not isinstance(history, list):
         raise RowError("history", "expected a list of [user, assistant]", "correct or remove the column")
-    for number, exchange in enumerate(history):
+    for number, exchange in enumerate(history or []):
         if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(side, str) for side in exchange)):
             raise RowError(f"history[{number}]", "expected [user, assistant], two strings", "correct or remove the row")
         user, assistant = (fields.text({f"history[{number}]": side}, f"history[{number}]") for side in exchange)

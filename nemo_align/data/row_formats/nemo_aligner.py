@@ -36,7 +36,7 @@ def preference(record: Mapping[str, Any]) -> Pair:
     else:
         prompt = dialogues.prompt(record, "prompt")
         answers = [dialogues.answer(record, name) for name in names]
-    return check_pair(Pair(prompt, *answers, **pairs.rewards(record)))
+    return check_pair(Pair(prompt, *answers, **pairs.rewards(record)), responses=names)
 
 
 def labelled_text(record: Mapping[str, Any], attributes: list[str]) -> Rated:

@@ -13,6 +13,8 @@ from nemo_align.data.row_formats.templated_text import split_helpsteer_prompt
 CHOSEN_REWARDS = ("chosen_reward", "score_chosen")
 REJECTED_REWARDS = ("rejected_reward", "score_rejected")
 
+_STRONGEST = 3  # HelpSteer's preferences run from -3 to 3
+
 
 def rewards(record: Mapping[str, Any]) -> dict[str, float | None]:
     """`chosen_reward` and `rejected_reward` of a row, by the first names it has, both from one family."""
@@ -59,13 +61,14 @@ def chosen_rejected(record: Mapping[str, Any]) -> Pair:
         raise RowError("rejected", "differs from chosen before the last message", "both must answer the same prompt")
     prompt = fields.with_system(record, chosen[:-1])
     answers = [dialogues.answer({name: record[name][-1:]}, name) for name in ("chosen", "rejected")]
-    return check_pair(Pair(prompt, *answers, **rewards(record)))
+    return check_pair(Pair(prompt, *answers, **rewards(record)), prompt="chosen")
 
 
 def alpaca(record: Mapping[str, Any]) -> Pair:
     """{"instruction", "input"?, "chosen": str, "rejected": str}."""
     prompt = dialogues.alpaca_prompt(record)
-    return check_pair(Pair(prompt, fields.text(record, "chosen"), fields.text(record, "rejected"), **rewards(record)))
+    pair = Pair(prompt, fields.text(record, "chosen"), fields.text(record, "rejected"), **rewards(record))
+    return check_pair(pair, prompt="instruction")
 
 
 def sharegpt(record: Mapping[str, Any]) -> Pair:
@@ -77,7 +80,8 @@ def sharegpt(record: Mapping[str, Any]) -> Pair:
     for name, turn in zip(("chosen", "rejected"), answers, strict=True):
         if turn.role != "assistant":
             raise RowError(f"{name}.from", f"the role is {turn.role}", "a response is from gpt")
-    return check_pair(Pair(prompt, answers[0].content, answers[1].content, **rewards(record)))
+    pair = Pair(prompt, answers[0].content, answers[1].content, **rewards(record))
+    return check_pair(pair, prompt="conversations", responses=("chosen.value", "rejected.value"))
 
 
 def nemo_rl(record: Mapping[str, Any]) -> Pair:
@@ -94,35 +98,48 @@ def nemo_rl(record: Mapping[str, Any]) -> Pair:
             raise RowError(f"{field}.rank", "missing", "write 0 for the better, 1 for the worse")
         text = dialogues.answer({f"{field}.completion": completion.get("completion")}, f"{field}.completion")
         ranked.append((rank, number, text, fields.as_number(completion.get("reward"), f"{field}.reward")))
-    (best, _, chosen, chosen_reward), (worst, _, rejected, rejected_reward) = sorted(ranked, key=lambda item: item[:2])
-    own = {"chosen_reward": chosen_reward, "rejected_reward": rejected_reward}
-    return check_pair(Pair(context, chosen, rejected, **_scored(record) or own, is_tie=best == worst))
+    best, worst = sorted(ranked, key=lambda item: item[:2])
+    own = {"chosen_reward": best[3], "rejected_reward": worst[3]}
+    if (best[3] is None) != (worst[3] is None):
+        lacks = best if best[3] is None else worst
+        field = f"completions[{lacks[1]}].reward"
+        raise RowError(field, "missing while the other completion has one", "give both rewards or neither")
+    pair = Pair(context, best[2], worst[2], **_scored(record) or own, is_tie=best[0] == worst[0])
+    columns = (f"completions[{best[1]}].completion", f"completions[{worst[1]}].completion")
+    return check_pair(pair, prompt="context", responses=columns)
 
 
 def helpsteer2_preference(record: Mapping[str, Any]) -> Pair:
     """response_1, response_2 and preference_strength -3..3: negative means that response 1 is better."""
     prompt = tuple(split_helpsteer_prompt(fields.text(record, "prompt"), "prompt"))
-    return _by_strength(record, prompt, ("response_1", "response_2"), "preference_strength")
+    return _by_strength(record, "prompt", prompt, ("response_1", "response_2"), "preference_strength")
 
 
 def helpsteer3(record: Mapping[str, Any]) -> Pair:
     """context, response1, response2 and overall_preference: negative means that response 1 is better."""
     context = tuple(fields.messages(record.get("context"), "context"))
-    return _by_strength(record, context, ("response1", "response2"), "overall_preference")
+    return _by_strength(record, "context", context, ("response1", "response2"), "overall_preference")
 
 
 def _by_strength(
-    record: Mapping[str, Any], prompt: tuple[Message, ...], columns: tuple[str, str], strength_column: str
+    record: Mapping[str, Any],
+    prompt_column: str,
+    prompt: tuple[Message, ...],
+    columns: tuple[str, str],
+    strength_column: str,
 ) -> Pair:
     """The strength says which is better, but is no reward: the pair has those that `nemo-align score` added, if any."""
     strength = fields.number(record, strength_column)
     if strength is None:
         raise RowError(strength_column, "missing", "remove the row")
+    if abs(strength) > _STRONGEST:
+        raise RowError(
+            strength_column, f"{strength:g} is out of range", f"write -{_STRONGEST} (response 1) to {_STRONGEST}"
+        )
     better, worse = columns if strength <= 0 else columns[::-1]
     rated = _scored(record) or {}
-    return check_pair(
-        Pair(prompt, fields.text(record, better), fields.text(record, worse), **rated, is_tie=strength == 0)
-    )
+    pair = Pair(prompt, fields.text(record, better), fields.text(record, worse), **rated, is_tie=strength == 0)
+    return check_pair(pair, prompt=prompt_column, responses=(better, worse))
 
 
 def _is_conversation(value: Any) -> bool:

@@ -23,12 +23,12 @@ def helpsteer2(record: Mapping[str, Any], attributes: list[str]) -> Rated:
 
 
 def with_attributes(
-    dialogue: Callable[[Mapping[str, Any]], Dialogue],
+    dialogue: Callable[[Mapping[str, Any]], Dialogue], column: str
 ) -> Callable[[Mapping[str, Any], list[str]], Rated]:
-    """A dialogue format whose rows also have attribute columns; the last turn is the rated one."""
+    """A dialogue format whose rows also have attribute columns; the last turn, in `column`, is the rated one."""
 
     def convert(record: Mapping[str, Any], attributes: list[str]) -> Rated:
-        return check_rated(Rated(dialogue(record).messages, scores(record, attributes)), "messages")
+        return check_rated(Rated(dialogue(record).messages, scores(record, attributes)), column)
 
     return convert
 

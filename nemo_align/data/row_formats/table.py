@@ -68,7 +68,13 @@ _RATED = (
         "conversations_label", "rated", ("conversations",), conversations.rated, matches=conversations.has_labels
     ),
     *(
-        RowFormat(form.name, "rated", form.columns, rated.with_attributes(form.convert), needs_attributes=True)
+        RowFormat(
+            form.name,
+            "rated",
+            form.columns,
+            rated.with_attributes(form.convert, form.columns[-1]),
+            needs_attributes=True,
+        )
         for form in _DIALOGUES
         if form.name != "helpsteer2"
     ),
