@@ -5,7 +5,8 @@ Three claims, from the strongest:
 - Our tokens spell that text, and those of a prompt begin those of prompt and answer.
 - Encoding the text whole, as a server does, gives our tokens, unless a text spells a control token (a text template
   cannot tell it from its own; ours never makes one of it) or the vocabulary has pieces that join a newline with its
-  neighbour. We encode turn by turn and never join them, so for such a vocabulary servers must not encode the whole.
+  neighbour. We encode turn by turn and never join them; for such a vocabulary servers must not encode the whole, and
+  the export says so.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import jinja2
 import pytest
 import sentencepiece
 
+from nemo_align.checkpoint.huggingface.convert import import_hf
+from nemo_align.checkpoint.huggingface.export import export_hf
 from nemo_align.checkpoint.huggingface.tokenizer_files import write_tokenizer
+from nemo_align.checkpoint.huggingface.whole_text import joins_across_turns
 from nemo_align.data.chat import Message
 from nemo_align.data.chat_template import ChatTemplate, render_text
 from nemo_align.data.tokenizer import Tokenizer
 from tests.parity.chat_corpus import PLAIN, SPELLED, Turns, random_dialogues
+from tests.parity.start_model import write_policy
 
 CONTROLS = [f"<extra_id_{number}>" for number in range(4)]
 LINES = [
@@ -50,6 +55,7 @@ JOINING = {"bpe_joining": (ONE_TEXT, {"vocab_size": 400})}
 class Exported:
     """A tokenizer as we train with it and as its export loads in transformers."""
 
+    folder: Path
     ours: Tokenizer
     theirs: Any
 
@@ -84,7 +90,7 @@ def export(folder: Path, lines: list[str], settings: dict[str, Any], *, is_rewar
         (folder / name).mkdir()
     (folder / "source" / "tokenizer.model").write_bytes(model.getvalue())
     ours = write_tokenizer(folder / "source", folder / "target", is_reward=is_reward, max_length=64)
-    return Exported(ours, AutoTokenizer.from_pretrained(folder / "target"))
+    return Exported(folder / "target", ours, AutoTokenizer.from_pretrained(folder / "target"))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +160,14 @@ def test_encoding_the_whole_text_gives_our_tokens(exported):
 
 
 @every_vocabulary
+def test_the_export_knows_which_vocabularies_join(exported, request):
+    pieces = [exported.ours.token_name(token) for token in range(exported.ours.vocab_size)]
+    joining = any("\n" in piece and piece != "\n" for piece in pieces)
+    assert joining is (request.node.callspec.params["exported"] in JOINING)
+    assert joins_across_turns(exported.folder, exported.ours) is joining
+
+
+@every_vocabulary
 def test_a_spelled_control_token_opens_no_turn_of_ours(exported):
     """But it does where the text is encoded whole: that is why rows are never rendered to text for training."""
     template = exported.template
@@ -168,14 +182,22 @@ def test_a_spelled_control_token_opens_no_turn_of_ours(exported):
 
 
 @pytest.mark.parametrize("exported", JOINING, indirect=True)
-def test_a_vocabulary_that_joins_newlines(exported):
-    """What the third claim leaves out is real: the text is the same, the tokens are not."""
-    pieces = [exported.ours.token_name(token) for token in range(exported.ours.vocab_size)]
-    assert any("\n" in piece and piece != "\n" for piece in pieces)
+def test_a_vocabulary_that_joins_newlines(exported, tmp_path, caplog):
+    """What the third claim leaves out is real: the text is the same, the tokens are not. The model card warns."""
     turns = PLAIN["one exchange"]
     ours = exported.template.dialogue(exported.template.turns(messages(turns)))[0]
     theirs = exported.theirs.apply_chat_template(plain(turns), return_dict=False)
     assert theirs != ours and exported.theirs.decode(theirs) == exported.theirs.decode(ours)
+
+    policy = write_policy(tmp_path / "policy", exported.folder / "tokenizer.model")
+    export_hf(import_hf(policy, tmp_path / "megatron"), tmp_path / "hf")
+    assert "the vocabulary joins newlines with their neighbours" in caplog.text
+    assert "**A dialogue must not be encoded as one text.**" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_a_vocabulary_that_does_not_join_needs_no_warning(start_policy, tmp_path):
+    export_hf(import_hf(start_policy, tmp_path / "megatron"), tmp_path / "hf")
+    assert "must not be encoded" not in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_the_reward_template(tmp_path):

@@ -28,6 +28,7 @@ from nemo_align.checkpoint.huggingface.weight_map import (
     Weight,
     weight_map,
 )
+from nemo_align.checkpoint.huggingface.whole_text import REMEDY, joins_across_turns
 from nemo_align.checkpoint.manifest import check_checksums
 from nemo_align.checkpoint.storage import TensorReader
 from nemo_align.checkpoint.store import resolve
@@ -78,7 +79,7 @@ def export_hf(
     _check_tensors(reader, weights, model, manifest["reward"])
 
     with whole_folder(Path(target), overwrite=overwrite) as folder:
-        tokenizer = None
+        tokenizer, joins = None, False
         if manifest["tokenizer"] is not None:
             tokenizer = write_tokenizer(
                 reference.path / manifest["tokenizer"],
@@ -86,9 +87,15 @@ def export_hf(
                 is_reward=manifest["reward"] is not None,
                 max_length=model.max_sequence_length,
             )
+            if joins := joins_across_turns(folder, tokenizer):
+                logger.warning(
+                    "the vocabulary joins newlines with their neighbours: a dialogue that is encoded as one text has "
+                    "other tokens than in training. %s",
+                    REMEDY,
+                )
         _write_configs(folder, model, manifest, tokenizer, dtype or manifest["dtype"])
         _write_weights(folder, reader, weights, model, manifest, dtype, max_shard_bytes)
-        card = model_card(reference.path, manifest, model, tokenizer)
+        card = model_card(reference.path, manifest, model, tokenizer, joins_across_turns=joins)
         (folder / "README.md").write_text(card, encoding="utf-8")
     logger.info("exported %s to %s", reference.path, target)
     return Path(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nemo_align.checkpoint.huggingface.whole_text import REMEDY
 from nemo_align.checkpoint.store import CHECKPOINTS
 from nemo_align.config.model import ModelConfig
 from nemo_align.data.tokenizer import Tokenizer
@@ -19,9 +20,16 @@ _STAGES = {
 }
 
 
-def model_card(checkpoint: Path, manifest: dict, model: ModelConfig, tokenizer: Tokenizer | None) -> str:
+def model_card(
+    checkpoint: Path,
+    manifest: dict,
+    model: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    joins_across_turns: bool = False,
+) -> str:
     """Markdown with a YAML head. Sizes and stage come from the manifest; data, hyper-parameters and metrics from
-    config.yaml and result.json of the run that `checkpoint` lies in."""
+    config.yaml and result.json of the run that `checkpoint` lies in. `joins_across_turns`: see whole_text.py."""
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
     reward = manifest["reward"]
     tags = ["nemotron", "nemo_align", manifest["verb"]]
@@ -41,6 +49,12 @@ def model_card(checkpoint: Path, manifest: dict, model: ModelConfig, tokenizer: 
     if tokenizer is not None:
         lines += [f"| tokenizer | {tokenizer.vocab_size:,} tokens |"]
     lines += ["", *(_reward_text(reward) if reward is not None else _policy_text(tokenizer))]
+    if joins_across_turns:
+        lines += [
+            "**A dialogue must not be encoded as one text.** The vocabulary joins newlines with their neighbours, and in "
+            f"training they stood apart. {REMEDY}.",
+            "",
+        ]
     if run_dir is not None:
         lines += _run_text(run_dir)
     return "\n".join(lines) + "\n"
