@@ -77,6 +77,7 @@ class Watchdog:
         """The ranks have met, at `places`."""
         self.places = list(places)
         self._met = True
+        self._put_off_kernel()  # with the shorter limit
         self.beat("the ranks have met")
 
     def beat(self, doing: str) -> None:

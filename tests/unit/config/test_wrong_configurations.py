@@ -233,6 +233,9 @@ WRONG = [
     ("sft", ["experiment=/tmp/x"], "experiment is '/tmp/x', but names the run"),
     # process
     ("sft", ["runtime.seed=-1"], "runtime.seed is -1"),
+    ("sft", ["runtime.hang_timeout_minutes=30"], "must lie below runtime.distributed_timeout_minutes=30.0, so that a"),
+    ("score", ["runtime.hang_timeout_minutes=-0.5"], "runtime.hang_timeout_minutes is -0.5, but must lie below"),
+    ("pretrain", ["runtime.max_restarts=-1"], "runtime.max_restarts is -1, but must not be negative"),
     ("sft", ["checkpoint.keep_last=0"], "at least 1 must stay"),
     # chains
     ("pipeline", ["stages.second.init_from=frist"], "which is no earlier stage (first)"),

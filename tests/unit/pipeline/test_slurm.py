@@ -12,6 +12,7 @@ from nemo_align.config.runtime import ParallelConfig
 from nemo_align.pipeline import run, slurm
 from nemo_align.pipeline.chain import Stage
 from nemo_align.pipeline.manifest import read_manifest
+from nemo_align.runtime import exit_codes
 
 SCRIPTS = ("train.sbatch", "pipeline.sbatch")
 
@@ -135,6 +136,33 @@ def test_only_a_saved_run_goes_back_into_the_queue(tmp_path, monkeypatch, code, 
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(("starts", "requeued"), [("0", True), ("9", True), ("10", False)])
+def test_a_hung_run_goes_back_into_the_queue_a_bounded_number_of_times(tmp_path, monkeypatch, capfd, starts, requeued):
+    # srun's own code is that of the task that had to be killed.
+    srun = 'echo "no answer from rank 3 (host dgx2, pid 9)" >> "$NEMO_ALIGN_HANG_NOTE"; exit 137'
+    _commands(tmp_path, monkeypatch, "", srun=srun, scontrol=f'echo "$*" > {tmp_path}/requeued', sleep="")
+    monkeypatch.chdir(tmp_path)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "dgx[1-2]", "SLURM_RESTART_COUNT": starts}
+    script = str(slurm.script("train.sbatch"))
+    done = subprocess.run(["bash", script, "sft"], env={**os.environ, **variables}, check=False)
+    assert done.returncode == exit_codes.HUNG
+    assert (tmp_path / "requeued").exists() == requeued
+    assert "no answer from rank 3 (host dgx2, pid 9)\njob 7 made no progress" in capfd.readouterr().out
+    assert not list(tmp_path.glob(".nemo_align_hang*"))
+
+
+@pytest.mark.parametrize(
+    ("code", "starts", "requeued"), [(75, "99", True), (76, "3", True), (76, "10", False), (1, "0", False)]
+)
+def test_a_pipeline_that_stopped_or_hung_goes_back_into_the_queue(tmp_path, monkeypatch, code, starts, requeued):
+    _commands(tmp_path, monkeypatch, "", python=f"exit {code}", scontrol=f'echo "$*" > {tmp_path}/requeued', sleep="")
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": starts, "NEMO_ALIGN_PYTHON": str(tmp_path / "bin/python")}
+    script = str(slurm.script("pipeline.sbatch"))
+    done = subprocess.run(["bash", script], env={**os.environ, **variables}, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
 
 
 def _commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, **others: str) -> None:
