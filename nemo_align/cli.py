@@ -311,10 +311,15 @@ def _refuse_too_many(num_workers: int, num_gpus: int) -> None:
 
 
 def _claim(verb: str, config: Any) -> None:
+    from nemo_align.checkpoint.layout import refuse_layout
     from nemo_align.config import run_directory
     from nemo_align.config.compose import to_yaml
 
-    for difference in run_directory.claim(verb, Path(config.run_dir), to_yaml(config), _may_change(verb, config)):
+    run_dir, text, same_run = Path(config.run_dir), to_yaml(config), _may_change(verb, config)
+    if (path := run_dir / run_directory.CONFIG_FILE).exists():
+        run_directory.refuse_other(verb, path, text, same_run)
+        refuse_layout(run_dir, config.parallel)  # before config.yaml names a layout that the run never had
+    for difference in run_directory.claim(verb, run_dir, text, same_run):
         print(f"note: resuming with another layout: {run_directory.describe(difference)}", file=sys.stderr)
 
 

@@ -15,6 +15,7 @@ from nemo_align.checkpoint import sharded_state, store
 from nemo_align.checkpoint.agreement import gather, on_main
 from nemo_align.checkpoint.architecture import architecture_problems
 from nemo_align.checkpoint.head_and_rows import settle_head, vocabulary_problems
+from nemo_align.checkpoint.layout import layout_problem
 from nemo_align.checkpoint.safe_reading import read_metadata
 from nemo_align.checkpoint.saver import Saveable, Saver
 from nemo_align.checkpoint.store import CheckpointReference
@@ -23,8 +24,6 @@ from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.runtime import seeds
 from nemo_align.runtime.topology import Topology
-
-_SAME_MODEL_SPLIT = ("tensor", "pipeline", "virtual_pipeline")  # what dp_reshardable does not let change
 
 logger = logging.getLogger("nemo_align")
 
@@ -181,8 +180,10 @@ def load_training(
 def newest_resumable(run_dir: Path | str, topology: Topology) -> Path | None:
     """`store.newest_complete` with the reading shared over the ranks; all return the same. Damaged ones are skipped.
 
-    `load_training(..., verify=False)` need not read the files for checksums again.
+    What saves that died left behind is removed first: the disk may be full of it. `load_training(..., verify=False)`
+    need not read the files for checksums again.
     """
+    on_main(topology, lambda: store.tidy(run_dir))
     for path in on_main(topology, lambda: [str(found) for found in store.candidates(run_dir)]):
         path = Path(path)
         problems = on_main(topology, lambda path=path: store.find_problems(path, checksums=False))
@@ -207,28 +208,10 @@ def _damage(path: Path, manifest: dict, topology: Topology) -> list[str]:
 
 def _check_layout(path: Path, manifest: dict, optimizer, topology: Topology) -> str:
     """The sharding to load the optimizer with. Refuses what the save cannot serve."""
-    saved = manifest["optimizer_sharding"]
     distributed = sharded_state.sharding_of(optimizer, fully=False) != "replicated"
-    if saved is None:
-        raise ValueError(
-            f"{path} holds weights only (converted, or saved without optimizer): use it as checkpoint.init_from"
-        )
-    if (saved == "replicated") == distributed:
-        raise ValueError(
-            f"{path} was saved {'without' if saved == 'replicated' else 'with'} the distributed optimizer: set "
-            f"parallel.distributed_optimizer={str(not distributed).lower()}, or take the weights alone with "
-            "checkpoint.init_from"
-        )
-    layout, now = manifest["layout"], topology.layout()
-    if saved == "dp_reshardable" and any(layout[key] != now[key] for key in _SAME_MODEL_SPLIT):
-        names = " ".join(f"parallel.{key}={layout[key]}" for key in _SAME_MODEL_SPLIT)
-        wanted = " ".join(f"parallel.{key}={now[key]}" for key in _SAME_MODEL_SPLIT)
-        raise ValueError(
-            f"{path} is a periodic save under {names}: its optimizer state loads only under these (any parallel.data), "
-            f"not under {wanted}. Resume with {names} until the end of the stage, whose final checkpoint loads under "
-            "any layout, or start a new run_dir from the weights with checkpoint.init_from"
-        )
-    return saved
+    if problem := layout_problem(path, manifest, topology.layout(), distributed_optimizer=distributed):
+        raise ValueError(problem)
+    return manifest["optimizer_sharding"]
 
 
 def _into_model(loaded: dict, model_chunks: list[torch.nn.Module]) -> None:

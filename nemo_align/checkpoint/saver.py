@@ -35,6 +35,7 @@ from nemo_align.runtime.topology import Topology
 
 TOKENIZER = "tokenizer"
 _POLL_SECONDS = 1.0  # in which the ranks tell each other that a save they wait for still moves
+_LEAVE_SECONDS = 5.0  # for a thread to come to the end of a tensor when the process leaves with an error
 
 logger = logging.getLogger("nemo_align")
 
@@ -201,7 +202,7 @@ class Saver:
         """This rank leaves because of another error: its thread ends; the next start removes the unpublished folder."""
         if self._pending is not None:
             self._pending.snapshot.cancelled.set()
-            self._pending.work.join(_POLL_SECONDS)
+            self._pending.work.join(_LEAVE_SECONDS)
             self._pending = None
 
     def _publish(self, pending: _Pending, parts: list[Written]) -> None:

@@ -86,7 +86,10 @@ def optimizer_state(optimizer: MegatronOptimizer, state_of_model: dict, sharding
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     with _all_parameters_known(optimizer):
-        return optimizer.sharded_state_dict(state_of_model, is_loading=is_loading, metadata=metadata)
+        state = optimizer.sharded_state_dict(state_of_model, is_loading=is_loading, metadata=metadata)
+    if not is_loading:
+        _zero_padding(state)
+    return state
 
 
 def rng_object(state: object, topology: Topology) -> ShardedObject:
@@ -271,6 +274,25 @@ def _all_parameters_known(optimizer: MegatronOptimizer) -> Iterator[None]:
     finally:
         for part, groups in zip(mixed, before, strict=True):
             part.float16_groups = groups
+
+
+def _zero_padding(state: object) -> None:
+    """Fill the gaps between parameters in the distributed optimizer's buckets.
+
+    Megatron-core saves them as it allocated them: whatever that memory held before would be in the file, and two saves
+    of one state would differ.
+    """
+    if isinstance(state, list):
+        for entry in state:
+            _zero_padding(entry)
+    elif isinstance(state, dict):
+        padding = state.get("padding")
+        is_padding = isinstance(padding, LocalNonpersistentObject) and padding.obj is True
+        for value in state.values():
+            if is_padding and isinstance(value, ShardedTensor):
+                value.data.zero_()
+            else:
+                _zero_padding(value)
 
 
 def _is_empty_extra(value: object) -> bool:

@@ -127,6 +127,18 @@ def remove_leftovers(run_dir: Path | str) -> None:
                 os.rename(path, original)
 
 
+def tidy(run_dir: Path | str) -> None:
+    """`remove_leftovers` for a run that is about to go on there.
+
+    Raises:
+        ValueError: the disk cannot be written.
+    """
+    try:
+        remove_leftovers(run_dir)
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} cannot be written: {cause(error, Path(run_dir))}") from None
+
+
 def cause(error: BaseException, folder: Path) -> str:
     """An error while writing into `folder`, in one line that names a path."""
     if isinstance(error, OSError) and error.strerror:
