@@ -45,7 +45,7 @@ def command(tmp_path, monkeypatch):
     """Writes configuration and worker script with the given body of the stage; returns the worker's command."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
-    def write(body: str) -> list[str]:
+    def write(body: str, *overrides: str) -> list[str]:
         config = compose(
             "sft",
             [
@@ -58,6 +58,7 @@ def command(tmp_path, monkeypatch):
                 "train.global_batch_size=8",
                 "train.epochs=1",
                 "optimizer.lr=1e-3",
+                *overrides,
             ],
             check_files=False,
         )
@@ -136,6 +137,66 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_round(command, tmp_path):
     assert parent.wait(timeout=60) == exit_codes.STOPPED_AFTER_SAVING
     rounds = [(tmp_path / "run" / f"stopped_{rank}").read_text() for rank in (0, 1)]
     assert rounds[0] == rounds[1]
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_while_rank_0_prepares_data_is_honoured_at_once(command, tmp_path, asked):
+    argv = command(f"""
+        from nemo_align.runtime.rank_order import rank_zero_first
+        from nemo_align.runtime.signals import leave_if_asked
+        if topology.rank == {asked}:
+            os.kill(os.getpid(), 15)
+        def prepare():
+            for row in range(6000):
+                leave_if_asked()
+                time.sleep(0.01)
+        rank_zero_first(topology, stop, prepare)
+    """)
+    begin = time.monotonic()
+    assert launch(argv, 2, tmp_path / "run" / "logs") == exit_codes.STOPPED_AFTER_SAVING
+    assert time.monotonic() - begin < 55  # less than all rows take
+
+
+def test_a_stop_that_comes_before_the_first_step_ends_every_rank_there(command, tmp_path):
+    argv = command("""
+        if topology.rank == 1:
+            os.kill(os.getpid(), 10)
+        stop.leave_if_agreed(topology)
+    """)
+    assert launch(argv, 2, tmp_path / "run" / "logs") == exit_codes.STOPPED_AFTER_SAVING
+    assert "stopped by a signal before the first step" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_waiting_for_a_rank_that_goes_on_is_no_hang(command, tmp_path):
+    body = """
+        from nemo_align.runtime import watchdog
+        from nemo_align.runtime.rank_order import rank_zero_first
+        def prepare():
+            for row in range(60):
+                watchdog.beat(f"row {row}")
+                time.sleep(0.15)
+        rank_zero_first(topology, stop, prepare)
+    """
+    argv = command(body, "runtime.hang_timeout_minutes=0.1")  # 6 s of the 9 s
+    assert launch(argv, 2, tmp_path / "run" / "logs") == exit_codes.SUCCESS
+
+
+def test_a_rank_that_leaves_the_others_waiting_is_told_from_its_stacks(command, tmp_path, capfd):
+    argv = command(
+        """
+        from nemo_align.runtime import watchdog
+        watchdog.beat("step 1")
+        def never_comes():
+            time.sleep(600)
+        never_comes() if topology.rank == 1 else dist.all_reduce(torch.ones(1))
+        """,
+        "runtime.hang_timeout_minutes=0.05",
+    )
+    assert launch(argv, 2, tmp_path / "run" / "logs") == exit_codes.HUNG
+    assert "all 2 ranks answer: compare their stacks" in (tmp_path / "run" / "log.txt").read_text()
+    stacks = [(tmp_path / "run" / "hang" / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
+    assert "in all_reduce" in stacks[0]
+    assert "in never_comes" in stacks[1]
 
 
 def test_under_torchrun_a_user_error_is_said_once(command, tmp_path):
