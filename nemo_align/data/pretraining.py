@@ -30,6 +30,7 @@ from nemo_align.data.plain_arrays import load_array, without_pickles
 from nemo_align.data.sampler import EpochSampler
 from nemo_align.data.source import Step
 from nemo_align.data.step_plan import StepLayout, plan_windows
+from nemo_align.runtime import watchdog
 
 if TYPE_CHECKING:
     from nemo_align.data.tokenizer import Tokenizer
@@ -199,6 +200,7 @@ def _build(
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+    watchdog.beat(f"indexing data.phases.{phase.name}")
     blend = ([source.path for source in phase.blend.values()], [source.weight for source in phase.blend.values()])
     config = GPTDatasetConfig(
         random_seed=seed,

@@ -37,6 +37,7 @@ from nemo_align.config.model import ModelConfig
 from nemo_align.data.chat_template import TURN_START
 from nemo_align.data.tokenizer import Tokenizer
 from nemo_align.model.counts import head_dim
+from nemo_align.runtime import watchdog
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHAT_VERBS = ("sft", "preference")  # their models end a turn with the token that opens the next
@@ -173,6 +174,7 @@ def _write_weights(
     writer = SafetensorsWriter(folder, plan, max_shard_bytes=max_shard_bytes)
     norm_bias = _write_head(folder, reader) if is_reward else None
     for weight in weights:
+        watchdog.beat(f"exporting {weight.megatron}")
         tensor = reader.read(weight.megatron)
         if weight.megatron == FINAL_NORM_BIAS and norm_bias is not None:
             tensor = norm_bias

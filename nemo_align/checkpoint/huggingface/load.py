@@ -26,6 +26,7 @@ from nemo_align.checkpoint.huggingface.weight_map import (
 from nemo_align.config.hf_model import hf_model_config, hf_reward_config
 from nemo_align.config.model import ModelConfig
 from nemo_align.model.counts import head_dim
+from nemo_align.runtime import watchdog
 from nemo_align.runtime.topology import Topology
 
 logger = logging.getLogger("nemo_align")
@@ -65,6 +66,7 @@ def load_hf_weights(
         if load_head and not wants_policy and not source.has_head:
             raise ValueError(f"reward.load_head=true, but {folder} has no reward head: set reward.load_head=false")
         for shard in shards:
+            watchdog.beat(f"reading {shard.key} of {folder}")
             if shard.key in (HEAD_WEIGHT, HEAD_BIAS):
                 if load_head:
                     _copy(source.head(shard.key), shard, folder)
