@@ -18,6 +18,7 @@ from nemo_align.config.stages import TrainStageConfig
 from nemo_align.runtime import watchdog
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
 from nemo_align.training.batch_schedule import BatchSchedule
+from nemo_align.training.data_identity import changes, describe_data
 from nemo_align.training.forward import validate
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.optimizer import (
@@ -59,7 +60,11 @@ class Trainer:
         self.optimizer, self.scheduler = build_optimizer(
             self.model_chunks, config.optimizer, config.parallel, config.precision, self._schedule_length()
         )
-        self.state = TrainState(data_fingerprint=task.train.fingerprint, initial_identity=session.initial_identity)
+        self.state = TrainState(
+            data_fingerprint=task.train.fingerprint,
+            data_content=on_main(self.topology, lambda: describe_data(config, task.tokenizer)),
+            initial_identity=session.initial_identity,
+        )
         self.validation_totals = ForwardTotals()
         self.saving = Saving(session, task, self.model_chunks, self.optimizer, self.scheduler)
 
@@ -210,11 +215,13 @@ class Trainer:
             self.topology,
             verify=False,  # just verified
         )
+        content = self.state.data_content
         self.state = TrainState.from_dict(values)
         self.validation_totals = ForwardTotals(**self.state.validation_totals)
         if self.state.data_fingerprint != self.task.train.fingerprint:
             raise ValueError(
-                f"the training data changed since the checkpoint {newest}: a resumed run would read other rows than "
+                f"the training data changed since the checkpoint {newest}: "
+                f"{changes(self.state.data_content, content, self.config)}. A resumed run would read other rows than "
                 "the ones it skips. Restore the data and data.* settings, or start in another run_dir with "
                 f"checkpoint.init_from={newest}"
             )

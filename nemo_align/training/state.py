@@ -19,6 +19,7 @@ class TrainState:
     validated_step: int = 0  # of the last validation
     initial_identity: str = ""  # of the weights that the run started from: a resume with others is refused
     data_fingerprint: str = ""  # of the training data: a resume with other data is refused
+    data_content: dict[str, str] = field(default_factory=dict)  # of each of its sources, to say which one changed
     first_validation: dict[str, float] = field(default_factory=dict)  # metrics at step 0, for the stage's result
     validation_totals: dict[str, float] = field(default_factory=dict)  # of all validations, for their throughput
     throughput: dict[str, float] = field(default_factory=dict)  # running totals behind the stage's MFU

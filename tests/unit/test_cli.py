@@ -110,6 +110,29 @@ def test_workers_get_the_resolved_file(launched, tmp_path, capsys):
     assert [workers for _, workers in launched] == [4, 4, 1]
 
 
+def test_a_layout_that_the_save_cannot_serve_is_refused_before_anything_is_written(launched, tmp_path, capsys):
+    from tests.unit.checkpoint.published import publish
+
+    two = [*SFT, "parallel=tp2"]
+    assert cli.main(["sft", *two]) == 0
+    run_dir = tmp_path / "runs" / "sft"
+    before = (run_dir / CONFIG_FILE).read_text()
+    layout = {"tensor": 2, "pipeline": 1, "virtual_pipeline": 1}
+    path = publish(run_dir, 3, layout=layout, optimizer_sharding="dp_reshardable")
+    capsys.readouterr()
+    assert cli.main(["sft", *SFT]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path.relative_to(tmp_path)} is a periodic save under parallel.tensor=2 ")
+    assert "Resume with parallel.tensor=2 parallel.pipeline=1 parallel.virtual_pipeline=1" in message
+    assert (run_dir / CONFIG_FILE).read_text() == before
+    assert cli.main(["sft", *two, "parallel.data=2"]) == 0
+    assert cli.main(["sft", *two, "parallel.distributed_optimizer=false"]) == 2
+    assert "set parallel.distributed_optimizer=true" in capsys.readouterr().err
+    publish(run_dir, 4, layout=layout, optimizer_sharding="fully_reshardable")
+    assert cli.main(["sft", *SFT]) == 0
+    assert len(launched) == 3
+
+
 def test_gpus_decide_the_data_parallel_size(launched, monkeypatch, capsys):
     monkeypatch.setattr(local_launch, "number_of_gpus", lambda: 8)
     assert cli.main(["sft", *SFT, "parallel=tp2"]) == 0

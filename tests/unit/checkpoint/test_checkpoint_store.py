@@ -11,31 +11,7 @@ import pytest
 
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import store
-
-ENTRIES = {
-    "verb": "sft",
-    "final": False,
-    "model": {"vocab_size": 5},
-    "reward": None,
-    "layout": {"tensor": 1},
-    "optimizer_sharding": None,
-    "dtype": "fp32",
-    "tokenizer": None,
-    "state": {},
-    "megatron_core": "0",
-    "torch": "0",
-}
-
-
-def write(run_dir: Path, step: int, *, final: bool = False, content: bytes = b"weights") -> Path:
-    """Publish a checkpoint of two files."""
-    folder = store.begin(run_dir, step)
-    (folder / "metadata.json").write_text("{}")
-    (folder / "sub").mkdir()
-    (folder / "sub" / "data").write_bytes(content)
-    files = manifests.describe_files(folder, manifests.list_files(folder))
-    manifests.write_manifest(folder, {**ENTRIES, "step": step, "final": final, "files": files})
-    return store.publish(folder, store.checkpoint_path(run_dir, step))
+from tests.unit.checkpoint.published import ENTRIES, publish
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -44,7 +20,7 @@ def steps(run_dir: Path) -> list[int]:
 
 def test_a_published_checkpoint_is_the_newest_and_described(tmp_path: Path) -> None:
     for step in (5, 20):
-        path = write(tmp_path, step)
+        path = publish(tmp_path, step)
     assert store.newest_complete(tmp_path) == path == tmp_path / "checkpoints" / "step_0000020"
     files = store.read_manifest(path)["files"]
     assert files["sub/data"] == {
@@ -83,7 +59,7 @@ def flip(path: Path) -> None:
 def test_damage_falls_back_with_a_warning(
     damage, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    good, bad = publish(tmp_path, 1), publish(tmp_path, 2)
     damage(bad)
     with caplog.at_level(logging.WARNING, "nemo_align"):
         assert store.newest_complete(tmp_path) == good
@@ -91,7 +67,7 @@ def test_damage_falls_back_with_a_warning(
 
 
 def test_sizes_alone_do_not_see_a_flipped_bit(tmp_path: Path) -> None:
-    path = write(tmp_path, 1)
+    path = publish(tmp_path, 1)
     flip(path)
     assert store.newest_complete(tmp_path, checksums=False) == path
     assert store.newest_complete(tmp_path) is None
@@ -99,7 +75,7 @@ def test_sizes_alone_do_not_see_a_flipped_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
 def test_a_manifest_cannot_point_outside(name: str, tmp_path: Path) -> None:
-    path = write(tmp_path, 1)
+    path = publish(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 1, "blake2b": ""}
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -117,13 +93,13 @@ def test_leftovers_of_crashes_go_at_the_next_save(tmp_path: Path) -> None:
     crashed = store.begin(tmp_path, 1)
     (crashed / "part").write_bytes(b"x")
     assert store.newest_complete(tmp_path) is None
-    write(tmp_path, 2)
+    publish(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000002"]
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
-    write(tmp_path, 3, content=b"old")
-    path = write(tmp_path, 3, final=True, content=b"new")
+    publish(tmp_path, 3, content=b"old")
+    path = publish(tmp_path, 3, final=True, content=b"new")
     assert (path / "sub" / "data").read_bytes() == b"new"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000003"]
 
@@ -131,7 +107,7 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
 def test_dying_between_the_renames_of_a_replacement_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path, 3, content=b"old")
+    path = publish(tmp_path, 3, content=b"old")
     rename = os.rename
 
     def die_at_the_second(source: object, target: object) -> None:
@@ -142,17 +118,17 @@ def test_dying_between_the_renames_of_a_replacement_loses_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", die_at_the_second)
         with pytest.raises(KeyboardInterrupt):
-            write(tmp_path, 3, content=b"new")
+            publish(tmp_path, 3, content=b"new")
     newest = store.newest_complete(tmp_path)
     assert newest is not None and (newest / "sub" / "data").read_bytes() == b"old"
-    write(tmp_path, 4)
+    publish(tmp_path, 4)
     assert (path / "sub" / "data").read_bytes() == b"old"
     assert steps(tmp_path) == [4, 3]
 
 
 def test_retention_keeps_final_ones_and_the_last_periodic(tmp_path: Path) -> None:
     for step in range(1, 7):
-        write(tmp_path, step, final=step == 2)
+        publish(tmp_path, step, final=step == 2)
     deleted = store.apply_retention(tmp_path, 2)
     assert steps(tmp_path) == [6, 5, 2]
     assert sorted(path.name for path in deleted) == ["step_0000001", "step_0000003", "step_0000004"]
@@ -161,18 +137,67 @@ def test_retention_keeps_final_ones_and_the_last_periodic(tmp_path: Path) -> Non
 @pytest.mark.parametrize("keep_last", [0, 1])
 def test_retention_never_deletes_the_last_good_one(keep_last: int, tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        write(tmp_path, step)
+        publish(tmp_path, step)
     os.truncate(tmp_path / "checkpoints" / "step_0000003" / "sub" / "data", 1)
     store.apply_retention(tmp_path, keep_last)
     assert steps(tmp_path) == [3, 2]
     assert store.newest_complete(tmp_path) == store.checkpoint_path(tmp_path, 2)
-    write(tmp_path, 4)
+    publish(tmp_path, 4)
     store.apply_retention(tmp_path, keep_last)
     assert steps(tmp_path) == [4]
 
 
+def test_what_a_fallback_skipped_counts_for_nothing(tmp_path: Path) -> None:
+    """Step 9's bytes changed at their length: the run went on from 5, and its next save is worth more than 9."""
+    for step in (2, 5, 9):
+        publish(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_0000009" / "sub" / "data").write_bytes(b"WEIGHTS")
+    assert store.newest_complete(tmp_path) == store.checkpoint_path(tmp_path, 5)
+    path = publish(tmp_path, 7)
+    store.apply_retention(tmp_path, 2, published=path)
+    assert steps(tmp_path) == [7, 5]
+    assert store.newest_complete(tmp_path) == path
+
+
+def test_a_final_checkpoint_leaves_the_last_periodic_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        publish(tmp_path, step)
+    path = publish(tmp_path, 4, final=True)
+    store.apply_retention(tmp_path, 1, published=path)
+    assert steps(tmp_path) == [4, 3]
+
+
+def test_space_is_asked_for_before_a_save(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        store.begin(tmp_path, 3, num_bytes=1 << 60)
+    message = str(caught.value)
+    assert message.startswith("the next checkpoint needs 1,152,921,504,606,846,976 bytes (1152921504.61 GB), and ")
+    assert f"{tmp_path}/checkpoints has " in message and "GB) free: make room there" in message
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the run directory should be")
+    with pytest.raises(ValueError) as caught:
+        store.begin(tmp_path / "run", 3)
+    expected = f"the checkpoint of step 3 cannot be written: {tmp_path}/run/checkpoints: Not a directory"
+    assert str(caught.value) == expected
+
+
+def test_what_a_killed_save_left_is_removed_and_what_it_replaced_put_back(tmp_path: Path) -> None:
+    path = publish(tmp_path, 3)
+    left = store.begin(tmp_path, 4)
+    for file in path.rglob("*"):  # killed right before the rename: the folder looks whole
+        if file.is_file():
+            (left / file.name).write_bytes(file.read_bytes())
+    os.rename(path, path.with_name(path.name + store.REPLACED))
+    store.tidy(tmp_path)
+    assert [child.name for child in (tmp_path / "checkpoints").iterdir()] == ["step_0000003"]
+    store.tidy(tmp_path / "nowhere")
+
+
 def test_resolve_takes_run_checkpoint_and_hf_folders(tmp_path: Path) -> None:
-    path = write(tmp_path / "run", 7)
+    path = publish(tmp_path / "run", 7)
     for given in (tmp_path / "run", tmp_path / "run" / "checkpoints", path, str(path)):
         found = store.resolve(given)
         assert (found.kind, found.path, found.manifest["step"]) == ("megatron", path, 7)
@@ -190,7 +215,7 @@ def test_resolve_says_what_is_there_instead(tmp_path: Path) -> None:
         store.resolve(tmp_path / "runs" / "sff" / "checkpoints")
     with pytest.raises(ValueError, match=r"not a run directory .* it holds base, sft"):
         store.resolve(tmp_path / "runs")
-    write(tmp_path / "runs" / "sft", 1)
+    publish(tmp_path / "runs" / "sft", 1)
     os.truncate(tmp_path / "runs" / "sft" / "checkpoints" / "step_0000001" / "sub" / "data", 1)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         store.resolve(tmp_path / "runs" / "sft")
@@ -204,9 +229,9 @@ def test_resolve_says_what_is_there_instead(tmp_path: Path) -> None:
 
 
 def test_the_hash_follows_the_weights(tmp_path: Path) -> None:
-    first = store.manifest_hash(write(tmp_path / "a", 1))
-    assert store.manifest_hash(write(tmp_path / "b", 1)) == first
-    assert store.manifest_hash(write(tmp_path / "c", 1, content=b"weightt")) != first
+    first = store.manifest_hash(publish(tmp_path / "a", 1))
+    assert store.manifest_hash(publish(tmp_path / "b", 1)) == first
+    assert store.manifest_hash(publish(tmp_path / "c", 1, content=b"weightt")) != first
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
