@@ -13,8 +13,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.bad_input_tally import tried
 from tests.distributed.pool import WorkerPool
 from tests.stage_inputs import StageInputs, make_stage_inputs
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many bad inputs were tried, for docs/guarantees.md."""
+    if tried:
+        kinds = ", ".join(f"{kind} {number:,}" for kind, number in tried.items())
+        terminalreporter.write_line(f"bad inputs tried: {tried.total():,} ({kinds})")
 
 
 def _pool(world_size: int) -> Iterator[WorkerPool]:
