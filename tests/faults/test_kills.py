@@ -1,0 +1,121 @@
+"""SIGKILL of one rank, of all ranks or of the command, at seeded moments: nothing but time is lost.
+
+    NEMO_ALIGN_FAULTS_KILLS=300 NEMO_ALIGN_FAULTS_SEED=7 pytest tests/faults/test_kills.py
+
+A run takes several kills in a row, is then left alone, and must end as one that nobody disturbed: the same bits in
+every tensor of weights and optimizer, the same records, the same exported files.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from nemo_align.runtime import exit_codes
+from tests.faults import checks, moments
+from tests.faults.checks import Undisturbed
+from tests.faults.moments import moment
+from tests.faults.report import Ledger, number_of_kills, seed
+from tests.faults.runs import Attempt, Job
+
+pytestmark = pytest.mark.full
+
+PHASES = {
+    "pretrain": moments.TRAINING,
+    "sft": moments.TRAINING,
+    "reward": moments.TRAINING,
+    "preference": moments.PREFERENCE,
+    "score": moments.SCORING,
+    "pipeline": moments.PIPELINE,
+}
+SHARES = {"pretrain": 8, "sft": 9, "reward": 6, "preference": 9, "score": 4, "pipeline": 4}
+VICTIMS = ("rank 0", "rank 1", "all", "command")
+KILLS_OF_A_RUN = 9
+MOST_TRIES = 3
+
+
+@dataclass
+class Kill:
+    phase: str
+    victim: str
+    tries: int = 0
+
+
+def plan(case: str, count: int, chance: random.Random) -> list[Kill]:
+    """`count` kills; every phase and every victim gets its turn before one comes again."""
+    kills, phases, victims = [], [], []
+    for _ in range(count):
+        phases = phases or chance.sample(PHASES[case], len(PHASES[case]))
+        victims = victims or chance.sample(VICTIMS, len(VICTIMS))
+        kills.append(Kill(phases.pop(), victims.pop()))
+    return kills
+
+
+@pytest.mark.parametrize("case", PHASES)
+def test_a_killed_run_ends_as_an_undisturbed_one(case, undisturbed, disturbed, ledger, tmp_path):
+    share = SHARES[case] / sum(SHARES.values())
+    chance = random.Random(f"{seed()} {case}")
+    kills = plan(case, max(1, round(number_of_kills() * share)), chance)
+    number = 0
+    while kills:
+        job = disturbed(case, tmp_path / f"run_{number}")
+        number += 1
+        complete = False
+        of_this_run, kills = kills[:KILLS_OF_A_RUN], kills[KILLS_OF_A_RUN:]
+        # The last phases come last: once a run is there, the others are behind it.
+        of_this_run.sort(key=lambda kill: PHASES[case].index(kill.phase) >= len(PHASES[case]) - 2)
+        while of_this_run and not complete:
+            kill = of_this_run.pop(0)
+            complete = not _kill(kill, job, chance, undisturbed(case), ledger)
+            if complete:  # the run was quicker: the same kill again in another run
+                ledger.late[kill.phase] += 1
+                kill.tries += 1
+                kills = of_this_run + kills + ([kill] if kill.tries < MOST_TRIES else [])
+        if not complete:
+            _start(job, ledger, lambda attempt: attempt.wait())
+        assert job.attempts[-1].process.returncode == exit_codes.SUCCESS, job.attempts[-1].said()
+        checks.no_temporary_files(job)
+        checks.equal(undisturbed(case).outcomes, checks.outcomes(job.run_dir))
+        ledger.equal_ends += 1
+
+
+def _kill(kill: Kill, job: Job, chance: random.Random, known: Undisturbed, ledger: Ledger) -> bool:
+    """Start, kill, and look what is left. False if the command had ended well before."""
+    when = moment(kill.phase, chance, start_up=known.start_up, duration=known.duration, final_step=known.final_step)
+    killed: list[int] = []
+
+    def disturb(attempt: Attempt) -> None:
+        if when.await_in(attempt):
+            killed.extend(attempt.strike(kill.victim))
+        if kill.victim != "command" and not killed and attempt.wait_until(lambda one: bool(one.ranks())):
+            killed.extend(attempt.strike(kill.victim))  # the workers were not there yet
+        attempt.wait()
+
+    attempt = _start(job, ledger, disturb)
+    code = attempt.process.returncode
+    if code == exit_codes.SUCCESS:
+        return False
+    told = f"{kill} in start {len(job.attempts)}, seed {seed()}\n{attempt.said()[-3000:]}"
+    if kill.victim == "command":
+        assert code == -signal.SIGKILL, told
+    else:
+        assert killed and code == 128 + signal.SIGKILL, told
+        named = [f"worker {rank} of 2 ended with signal SIGKILL" for rank in killed]
+        assert any(text in attempt.said() for text in named), told
+    ledger.kills[known.case.name, kill.phase, kill.victim] += 1
+    return True
+
+
+def _start(job: Job, ledger: Ledger, disturb: Callable[[Attempt], object]) -> Attempt:
+    """Start the command, disturb it to its end, and check what must hold whatever happened."""
+    before = checks.standing(job.run_dir)
+    attempt = job.start()
+    disturb(attempt)
+    checks.nothing_left(attempt)
+    ledger.checkpoints_checked += checks.published_are_whole(job.run_dir)
+    ledger.most_lost = max(ledger.most_lost, checks.went_on(attempt, before))
+    return attempt
