@@ -25,7 +25,7 @@ from types import FrameType
 from nemo_align.runtime import exit_codes
 from nemo_align.runtime.launch_environment import LOCAL_VARIABLES
 from nemo_align.runtime.parent_death import die_with_parent
-from nemo_align.runtime.process_state import StoppedClock, describe_state
+from nemo_align.runtime.process_state import STOPPED, StoppedClock, describe_state, state_letter
 from nemo_align.runtime.restarts import Restarts
 from nemo_align.runtime.signals import STOP_SIGNALS
 
@@ -282,8 +282,12 @@ def _outcome(culprit: _Worker, *, hung: bool, restart: bool) -> _Outcome:
 
 
 def _name_silent(workers: list[_Worker]) -> list[_Worker]:
-    """Say on stderr which workers neither go on nor end, and what the kernel says of them."""
-    silent = [worker for worker in workers if worker.code is None]
+    """Say on stderr which workers neither go on nor end, and what the kernel says of them.
+
+    Where some are stopped, the others may just be waiting for these.
+    """
+    running = [worker for worker in workers if worker.code is None]
+    silent = [worker for worker in running if state_letter(worker.process.pid) in STOPPED] or running
     for worker in silent:
         text = f"worker {worker.rank} of {len(workers)} does not answer: {describe_state(worker.process.pid)}"
         said = _last_lines(worker)

@@ -18,7 +18,7 @@ from tests.end_to_end.commands import command, environment
 from tests.stage_inputs import MODEL, stage_overrides
 
 # Long enough for a step on a busy machine; start-up, with its imports, has more.
-HANG = "runtime.hang_timeout_minutes=0.2"
+HANG = "runtime.hang_timeout_minutes=0.5"
 
 
 def frozen_in_training(rank: int, *arguments: str, cwd: Path) -> tuple[int, str, list[int]]:

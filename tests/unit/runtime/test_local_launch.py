@@ -288,9 +288,9 @@ def test_a_hung_run_is_started_again(worker, tmp_path, capfd, monkeypatch):
 
 def test_a_stopped_worker_is_found_where_no_other_waits_for_it(worker, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(local_launch, "_ANSWER_SECONDS", 0.5)
-    argv = worker("os.kill(os.getpid(), signal.SIGSTOP)")
-    assert launch(argv, 1, tmp_path / "logs", hang_seconds=1.0) == exit_codes.HUNG
-    assert "worker 0 of 1 does not answer: stopped (state T)" in capfd.readouterr().err
+    argv = worker("os.kill(os.getpid(), signal.SIGSTOP) if me.rank == 1 else time.sleep(60)")
+    assert launch(argv, 2, tmp_path / "logs", hang_seconds=1.0) == exit_codes.HUNG
+    assert capfd.readouterr().err == "worker 1 of 2 does not answer: stopped (state T)\n"
 
 
 def test_a_killed_worker_is_replaced_until_restarts_no_longer_help(worker, tmp_path, capfd):
