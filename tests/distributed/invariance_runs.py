@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,9 @@ TERMS = {  # level of `terms` -> (sft_loss_weight, preference_average_log_probs)
     "averaged with sft": (0.3, True),
 }
 ETA = 0.7
+# IPO drives d to 1 / (2 beta): with 0.1 its gradients would be far larger than those of the others, and Adam's eps
+# small beside them.
+BETA = {"ipo": 0.5}
 # Adam turns rounding into whole steps of the learning rate where a gradient is near zero; a large eps keeps the
 # comparison about the gradient.
 LR, MIN_LR, EPS, CLIP = 1e-3, 2e-4, 1e-3, 0.1
@@ -142,6 +146,8 @@ def overrides_of(case: Case, inputs: StageInputs, models: Models) -> list[str]:
         }
         if case["objective"].startswith("rpo"):
             common["preference.gt_reward_scale"] = ETA
+        if case["objective"] in BETA:
+            common["preference.ref_policy_kl_penalty"] = BETA[case["objective"]]
     return _as_overrides(common)
 
 
@@ -201,7 +207,8 @@ def oracle_of(case: Case, inputs: StageInputs, models: Models, *, bf16: bool = F
     if case["objective"] in PREFERENCES:
         sft_weight, average = TERMS[case["terms"]]
         eta = ETA if case["objective"].startswith("rpo") else 1.0
-        settings = PreferenceSettings(case["objective"], eta=eta, sft_weight=sft_weight, average=average)
+        beta = BETA.get(case["objective"], 0.1)
+        settings = PreferenceSettings(case["objective"], beta, eta, sft_weight=sft_weight, average=average)
         objective = Preference(arch, settings, weights, resolution)
     elif case["objective"] == "regression":
         objective = Regression(arch, ATTRIBUTES)
@@ -231,15 +238,17 @@ class Errors:
 
     metrics: dict[str, float] = field(default_factory=dict)  # |difference| / max(1, |expected|), by metric
     gradient: float = 0.0  # |difference| of an element / largest element of the whole gradient
+    direction: float = 0.0  # L2 norm of the gradients' difference / L2 norm of the gradient
     weights: float = 0.0  # |difference| of an element / peak learning rate
+    update: float = 0.0  # L2 norm of the difference / L2 norm of what training changed, over all weights
 
-    def largest(self, other: Errors) -> Errors:
-        names = {*self.metrics, *other.metrics}
-        worst = {name: max(self.metrics.get(name, 0.0), other.metrics.get(name, 0.0)) for name in names}
-        return Errors(worst, max(self.gradient, other.gradient), max(self.weights, other.weights))
+    @property
+    def metric(self) -> tuple[float, str]:
+        """The largest error of a metric, and its name."""
+        return max((error, name) for name, error in self.metrics.items())
 
 
-def compare(case: Case, run_dir: Path, records: list[dict], expected: Outcome) -> Errors:
+def compare(case: Case, run_dir: Path, records: list[dict], expected: Outcome, *, bf16: bool = False) -> Errors:
     """Distances of a run in `run_dir` from the oracle's. Asserts what must be equal: names of metrics, zeros."""
     errors = Errors()
     dataset = "text" if case["objective"] == "pretrain" else "rows"
@@ -267,16 +276,30 @@ def compare(case: Case, run_dir: Path, records: list[dict], expected: Outcome) -
     moments, padding = read_megatron(checkpoints / "step_0000001", arch, "optimizer.state.exp_avg.")
     assert moments.keys() == expected.first_gradient.keys(), moments.keys() ^ expected.first_gradient.keys()
     largest = max(float(value.abs().max()) for value in expected.first_gradient.values())
+    squares = {"difference": 0.0, "gradient": 0.0}
     for name, moment in moments.items():
         # After one step Adam's first moment is (1 - beta1) x the gradient that it was given.
         gradient = moment.double() / ((1 - 0.9) * expected.first_clipping)
         assert gradient.shape == expected.first_gradient[name].shape, name
-        error = float((gradient - expected.first_gradient[name]).abs().max()) / largest
-        errors.gradient = max(errors.gradient, error)
+        difference = gradient - expected.first_gradient[name]
+        errors.gradient = max(errors.gradient, float(difference.abs().max()) / largest)
+        squares["difference"] += float(difference.square().sum())
+        squares["gradient"] += float(expected.first_gradient[name].square().sum())
+    errors.direction = math.sqrt(squares["difference"] / squares["gradient"])
     assert not any(rows.any() for rows in padding.values()), "padding rows of the vocabulary have a gradient"
 
     weights, _ = read_megatron(checkpoints / f"step_{STEPS:07d}", arch)
+    if bf16:
+        # The fp32 weights that the optimizer keeps (sharded under one name, replicated under another).
+        for prefix in ("optimizer.state.param.", "optimizer.state.fp32_param."):
+            weights |= read_megatron(checkpoints / f"step_{STEPS:07d}", arch, prefix)[0]
+        assert {value.dtype for value in weights.values()} == {torch.float32}
     assert weights.keys() == expected.weights.keys()
+    squares = {"difference": 0.0, "update": 0.0}
     for name, value in weights.items():
-        errors.weights = max(errors.weights, float((value.double() - expected.weights[name]).abs().max()) / LR)
+        difference = value.double() - expected.weights[name]
+        errors.weights = max(errors.weights, float(difference.abs().max()) / LR)
+        squares["difference"] += float(difference.square().sum())
+        squares["update"] += float((expected.weights[name] - expected.initial[name]).square().sum())
+    errors.update = math.sqrt(squares["difference"] / squares["update"])
     return errors

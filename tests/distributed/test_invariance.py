@@ -11,11 +11,13 @@ groups fewer than TP, a vocabulary that no TP divides, heads that do not add up 
 recomputation, clipping, schedule. 42 of 1,572,480 combinations, every feasible pair of levels covered. The fast tier
 runs those 9 that have every level once.
 
-Tolerances of fp32, each several times the largest error of the design (the terminal summary prints both):
-- metrics 1e-5 of max(1, |value|): fp32 keeps 24 bits (6e-8), and a value has gone through sums of some hundred terms.
+Tolerances of fp32, a few times the largest error of the design (the terminal summary prints both):
+- metrics 5e-5 of max(1, |value|): fp32 keeps 24 bits, and a response's summed log-probability of 150 has a spacing of
+  1.5e-5, which IPO squares. Losses that are means over tokens or labels are within 1e-6.
 - gradient 1e-5 of its largest element: sums over all tokens that nearly cancel keep the rounding of their terms.
-- weights 2e-3 of the learning rate: Adam's update changes by lr / eps x the gradient's error (eps is 1e-3 here), and a
-  weight of 0.5 has a spacing of 6e-8, 6e-5 of this learning rate.
+- weights 1e-2 of the learning rate: Adam's update changes by lr / eps x the gradient's error (eps is 1e-3 here), and a
+  weight of 0.5 has a spacing of 6e-8, 6e-5 of this learning rate. IPO's gradients are the largest; others are within
+  4e-4.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from tests.distributed.invariance_runs import Models, compare, oracle_of, overri
 from tests.distributed.stage_runs import run_stage
 from tests.oracle.pairwise import Case, feasible_pairs, number_of_cases, pairs_of
 
-METRICS, GRADIENT, WEIGHTS = 1e-5, 1e-5, 2e-3
+METRICS, GRADIENT, WEIGHTS = 5e-5, 1e-5, 1e-2
 
 FAST = [pytest.param(case, id=name_of(case)) for case in REPRESENTATIVES]
 REST = [pytest.param(case, id=name_of(case), marks=pytest.mark.full) for case in DESIGN if case not in REPRESENTATIVES]
@@ -44,7 +46,7 @@ def test_a_run_equals_the_oracle(case: Case, request, pools, models, stage_input
     overrides = overrides_of(case, stage_inputs, models)
     records = run_stage(pools(world_size(case)), verb_of(case), tmp_path, overrides, parallel_of(case))
     errors = compare(case, tmp_path, records, oracle_of(case, stage_inputs, models))
-    name, metric = max((error, name) for name, error in errors.metrics.items())[::-1]
+    metric, name = errors.metric
     found = {"metric": metric, "gradient": errors.gradient, "weight / lr": errors.weights}
     invariance_report.record("fp32 against fp64", request.node.callspec.id, found)
     assert metric <= METRICS, (name, errors.metrics)

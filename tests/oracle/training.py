@@ -36,6 +36,7 @@ class Outcome:
     validation: list[dict[str, float]]  # before the first and after the last step
     first_gradient: Weights  # of the loss of step 1, before clipping
     first_clipping: float  # what step 1 multiplied it with
+    initial: Weights  # before the first step
     weights: Weights  # after the last step
 
 
@@ -59,6 +60,7 @@ def learning_rate(optimizer: Optimizer, sizes: list[int], step: int) -> float:
 
 def train(objective, weights: Weights, batches: list[list[Example]], optimizer: Optimizer, held_out) -> Outcome:
     """`held_out(weights)`: metrics of the held-out sets by name, without their prefix."""
+    initial = weights
     weights = {name: value.clone().requires_grad_() for name, value in weights.items()}
     first = {name: torch.zeros_like(value) for name, value in weights.items()}
     second = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -86,7 +88,7 @@ def train(objective, weights: Weights, batches: list[list[Example]], optimizer: 
         )
     validation.append(held_out(weights))
     final = {name: weight.detach() for name, weight in weights.items()}
-    return Outcome(records, validation, first_gradient, first_clipping, final)
+    return Outcome(records, validation, first_gradient, first_clipping, initial, final)
 
 
 def adam_step(weight: Tensor, first: Tensor, second: Tensor, step: int, rate: float, optimizer: Optimizer) -> None:
