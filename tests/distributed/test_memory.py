@@ -89,7 +89,9 @@ def measured(verb: str, run_dir: Path, overrides: list[str]) -> Run:
 
 
 def training(inputs: StageInputs, verb: str, *extra: str) -> list[str]:
-    return [*MODEL, *stage_overrides(inputs, verb), *extra]
+    starts = any(text.startswith("checkpoint.init_from") for text in extra)  # then the checkpoint says the sizes
+    model = [text for text in MODEL if text.startswith("precision")] if starts else MODEL
+    return [*model, *stage_overrides(inputs, verb), *extra]
 
 
 def check_growth(run: Run, kind: str) -> None:
@@ -105,18 +107,18 @@ def check_growth(run: Run, kind: str) -> None:
     assert peaks[1] - peaks[0] < SLACK
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        pytest.param("pretrain", marks=pytest.mark.full),
-        pytest.param("sft", marks=pytest.mark.full),
-        "preference",
-    ],
-)
-def test_memory_does_not_grow_with_steps(verb: str, inputs: StageInputs, tmp_path: Path) -> None:
-    length = f"data.phases.first.steps={3 * STEPS}" if verb == "pretrain" else f"train.max_steps={3 * STEPS}"
-    run = measured(verb, tmp_path / verb, training(inputs, verb, length, "train.validate_at_start=false"))
+@pytest.mark.full
+def test_memory_of_pretraining(inputs: StageInputs, tmp_path: Path) -> None:
+    run = measured("pretrain", tmp_path / "run", training(inputs, "pretrain", f"data.phases.first.steps={3 * STEPS}"))
     check_growth(run, "train")
+
+
+def test_memory_of_sft_and_preference_training(inputs: StageInputs, tmp_path: Path) -> None:
+    length = f"train.max_steps={3 * STEPS}"
+    policy = measured("sft", tmp_path / "sft", training(inputs, "sft", length))
+    check_growth(policy, "train")
+    start = f"checkpoint.init_from={policy.run_dir}"
+    check_growth(measured("preference", tmp_path / "dpo", training(inputs, "preference", length, start)), "train")
 
 
 @pytest.mark.full
@@ -132,10 +134,10 @@ def test_preference_training_holds_one_model(inputs: StageInputs, tmp_path: Path
     """Its peak, the pass with the reference model included, is within 10 % of SFT's at the same micro-batch tokens.
 
     A second model would be 4 of 16 bytes per parameter, a quarter more."""
-    same = [*LARGE, "train.micro_batch_tokens=192", "train.max_steps=2", "train.global_batch_size=4"]
+    same = ["train.micro_batch_tokens=192", "train.max_steps=2", "train.global_batch_size=4"]
     peaks, parameters = {}, {}
-    for verb in ("sft", "preference"):
-        run = measured(verb, tmp_path / verb, training(inputs, verb, *same))
+    for verb, model in (("sft", LARGE), ("preference", [f"checkpoint.init_from={tmp_path / 'sft'}"])):
+        run = measured(verb, tmp_path / verb, training(inputs, verb, *model, *same))
         peaks[verb] = run.peak_until_first_save()
         parameters[verb] = run.at("train")[0]["tensors"]
     print({verb: f"{peak / MEGABYTE:.0f} MB" for verb, peak in peaks.items()}, peaks["preference"] / peaks["sft"])
@@ -147,8 +149,12 @@ def test_preference_training_holds_one_model(inputs: StageInputs, tmp_path: Path
 @pytest.mark.full
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_holds_at_most_one_copy_of_its_shards(asynchronous: bool, inputs: StageInputs, tmp_path: Path) -> None:
-    """A save beside the steps copies this rank's shards once; one that is waited for, the last too, copies none.
+    """A save beside the steps copies this rank's shards once; a periodic one that is waited for copies none.
 
+    The save at a stage's end loads under any layout, and Megatron-core puts the optimizer's state together for it: fp32
+    weights and both moments out of the buffers, then whole, then cut by parameter. That is 9 values per parameter where
+    the shards hold 4 (in fp32: the weights, and the optimizer's weights and moments), so 2.25 copies without data
+    parallelism.
     Beyond that: the largest tensor on its way into the file, and the buffer with which files are read."""
     choice = f"checkpoint.asynchronous={str(asynchronous).lower()}"
     same = [*LARGE, "train.max_steps=5", "train.global_batch_size=4", "checkpoint.save_every=2", choice]
@@ -156,7 +162,7 @@ def test_a_save_holds_at_most_one_copy_of_its_shards(asynchronous: bool, inputs:
     shards = sum(path.stat().st_size for path in (run.run_dir / "checkpoints" / "step_0000004").glob("*.distcp"))
     assert shards > 250 * MEGABYTE
     largest = 4 * 768 * 3072
-    allowed = {"periodic": shards if asynchronous else 0, "final": 0}
+    allowed = {"periodic": shards if asynchronous else 0, "final": 2.25 * shards}
     kinds = [record["begins"] for record in run.records]
     saves = [index for index, kind in enumerate(kinds) if kind == "save"]
     assert len(saves) == 3  # after steps 2 and 4, and at the end
@@ -171,6 +177,4 @@ def test_a_save_holds_at_most_one_copy_of_its_shards(asynchronous: bool, inputs:
         beside = max(record["VmHWM"] for record in run.records[index + 1 : end]) - training_peak
         print(f"asynchronous={asynchronous}, final={final}: shards {shards / MEGABYTE:.0f} MB, during the save "
               f"{during / MEGABYTE:+.0f} MB, above the training's peak {beside / MEGABYTE:+.0f} MB")  # fmt: skip
-        if not final or not asynchronous:
-            assert during < most
-        assert beside < most
+        assert during < most and beside < most
