@@ -150,7 +150,7 @@ def test_a_stop_while_rank_0_prepares_data_is_honoured_at_once(command, tmp_path
             for row in range(60_000):
                 leave_if_asked()
                 time.sleep(0.01)
-            open(f"{here}/every_row", "w").close()
+            open(f"{{here}}/every_row", "w").close()
         rank_zero_first(topology, stop, prepare)
     """)
     assert launch(argv, 2, tmp_path / "run" / "logs") == exit_codes.STOPPED_AFTER_SAVING
