@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,14 @@ def run_until(topology: Any, verb: str, config_path: str, end: End | None) -> No
     class Ending(StopRequest):
         asked = 0
 
+        def leave_if_agreed(self, topology: Any) -> None:
+            """Not during the start: what comes before the first step or batch is the same for every start."""
+
         @property
         def requested(self) -> bool:
+            # The agreement of a step or batch asks; so do loops of the start, as often as their data are long.
+            if sys._getframe(1).f_code.co_name != "agreed":
+                return False
             self.asked += 1
             if end is None or self.asked <= end.after:
                 return False
@@ -206,6 +213,8 @@ def test_a_layout_may_change_between_saves(any_layout, pool1, pool2, stage_input
     for layout, end in zip(layouts, [End(5 + 4), End(2, crash=False), End(2, crash=False), None], strict=True):
         parts.start(pool2 if layout else pool1, layout, end)
     for before, after in zip(whole.steps(), parts.steps(), strict=True):
+        if after["step"] == 1:  # policy = reference: every margin is zero but for rounding, which decides the sign
+            assert before.pop("rewards/accuracies") == pytest.approx(after.pop("rewards/accuracies"), abs=0.5)
         assert after == pytest.approx(before, rel=2e-4, abs=2e-5)
         assert after["loss"] == pytest.approx(before["loss"], rel=2e-5, abs=2e-6)
     assert [step["num_tokens"] for step in parts.steps()] == [step["num_tokens"] for step in whole.steps()]
