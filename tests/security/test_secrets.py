@@ -57,7 +57,7 @@ def test_a_run_and_its_export(stage_inputs: StageInputs, tmp_path: Path) -> None
     assert not leaks(tmp_path, done)
 
 
-@pytest.mark.parametrize("failure", ["user", "crash"])
+@pytest.mark.parametrize("failure", [pytest.param("user", marks=pytest.mark.full), "crash"])
 def test_a_run_that_fails(failure: str, stage_inputs: StageInputs, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user"}]}\n')
@@ -75,6 +75,7 @@ def test_a_run_that_fails(failure: str, stage_inputs: StageInputs, tmp_path: Pat
     assert not leaks(tmp_path, done)
 
 
+@pytest.mark.full
 def test_a_sweep_writes_no_environment(stage_inputs: StageInputs, tmp_path: Path) -> None:
     """Hydra's own file of a sweep, multirun.yaml, holds its whole configuration."""
     arguments = ["sft", *MODEL, *stage_overrides(stage_inputs, "sft"), "data.sequence_length=0,-1", "--multirun"]
