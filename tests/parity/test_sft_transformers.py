@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,29 +52,40 @@ def overrides(inputs: StageInputs, start: Path, steps: int) -> list[str]:
     ]
 
 
-def batches(inputs: StageInputs, steps: int) -> list[dict[str, torch.Tensor]]:
-    """What the Hugging Face user would feed: padded rows of the sampler's dialogues, labels -100 off the loss mask."""
-    from nemo_align.data.chat import Message
-    from nemo_align.data.chat_template import render_dialogue
-    from nemo_align.data.sampler import EpochSampler
-    from nemo_align.data.tokenizer import load_tokenizer
+def labelled(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(ids, labels) as a user of transformers makes them: the exported template's tokens, of which an assistant turn
+    and the `<extra_id_1>` that ends it are labels. Nothing of ours renders or masks."""
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    header = tokenizer.encode("<extra_id_1>Assistant\n", add_special_tokens=False)
+    labels = [-100] * len(ids)
+    for start in range(len(ids)):
+        if ids[start : start + len(header)] == header:
+            begin = start + len(header)
+            end = ids.index(header[0], begin) + 1
+            labels[begin:end] = ids[begin:end]
+    return ids, labels
 
-    tokenizer = load_tokenizer(inputs.tokenizer)
+
+def batches(inputs: StageInputs, start: Path, steps: int) -> list[dict[str, torch.Tensor]]:
+    """What the Hugging Face user would feed: padded rows of the sampler's dialogues, labels -100 off the answers."""
+    from transformers import AutoTokenizer
+
+    from nemo_align.data.sampler import EpochSampler
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
     rows = [json.loads(line) for line in inputs.rows("dialogues").read_text().splitlines()]
-    rendered = [
-        render_dialogue([Message(turn["role"], turn["content"]) for turn in row["messages"]], tokenizer) for row in rows
-    ]
+    rendered = [labelled(row["messages"], tokenizer) for row in rows]
     sampler = EpochSampler(len(rows), seed=1234)
     found = []
     for step in range(steps):
         chosen = [rendered[index] for index in sampler.batch(step * BATCH, BATCH)]
         width = max(len(tokens) for tokens, _ in chosen)
         assert len({len(tokens) for tokens, _ in chosen}) > 5, "dialogues of different lengths"
-        ids = np.full((BATCH, width), tokenizer.pad_id)
+        ids = np.full((BATCH, width), tokenizer.pad_token_id)
         labels, attention = np.full((BATCH, width), -100), np.zeros((BATCH, width), dtype=np.int64)
-        for row, (tokens, mask) in enumerate(chosen):
+        for row, (tokens, targets) in enumerate(chosen):
             ids[row, : len(tokens)] = tokens
-            labels[row, : len(tokens)] = np.where(mask, tokens, -100)
+            labels[row, : len(tokens)] = targets
             attention[row, : len(tokens)] = 1
         arrays = {"input_ids": ids, "labels": labels, "attention_mask": attention}
         found.append({name: torch.from_numpy(array) for name, array in arrays.items()})
@@ -83,7 +95,7 @@ def batches(inputs: StageInputs, steps: int) -> list[dict[str, torch.Tensor]]:
 def test_loss_and_every_gradient(pool1, stage_inputs, start_policy, tmp_path):
     records = run_stage(pool1, "sft", tmp_path, overrides(stage_inputs, start_policy, steps=1))
     model = load_policy(start_policy)
-    loss = model(**batches(stage_inputs, 1)[0]).loss
+    loss = model(**batches(stage_inputs, start_policy, 1)[0]).loss
     loss.backward()
     assert_numbers_close("sft loss", [numbers(records, "train")[0]["loss"]], [loss.item()], 1e-6)
     theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -106,7 +118,7 @@ def test_weights_and_moments_after_steps_of_adamw(layout, request, stage_inputs,
     ]
     optimizer = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS)
     losses, norms = [], []
-    for batch, rate in zip(batches(stage_inputs, STEPS), rates, strict=True):
+    for batch, rate in zip(batches(stage_inputs, start_policy, STEPS), rates, strict=True):
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
