@@ -1,18 +1,16 @@
-"""One case of the invariance design: the package's run of it, the oracle's, and the distance between the two."""
+"""One case of the invariance design: how the package runs it and how the oracle does."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from tests.distributed.invariance_design import ARCHITECTURES, PREFERENCES
-from tests.distributed.stage_runs import numbers
 from tests.oracle import data
-from tests.oracle.checkpoints import read_megatron, write_hugging_face
+from tests.oracle.checkpoints import write_hugging_face
 from tests.oracle.model import Weights, random_weights
 from tests.oracle.objectives import LanguageModel, Preference, PreferenceSettings, Regression
 from tests.oracle.pairwise import Case
@@ -230,76 +228,3 @@ def oracle_of(case: Case, inputs: StageInputs, models: Models, *, bf16: bool = F
         **schedule_of(case),
     )
     return train(objective, weights, batches, optimizer, held_out_metrics)
-
-
-@dataclass
-class Errors:
-    """The largest distances between a run and the oracle."""
-
-    metrics: dict[str, float] = field(default_factory=dict)  # |difference| / max(1, |expected|), by metric
-    gradient: float = 0.0  # |difference| of an element / largest element of the whole gradient
-    direction: float = 0.0  # L2 norm of the gradients' difference / L2 norm of the gradient
-    weights: float = 0.0  # |difference| of an element / peak learning rate
-    update: float = 0.0  # L2 norm of the difference / L2 norm of what training changed, over all weights
-
-    @property
-    def metric(self) -> tuple[float, str]:
-        """The largest error of a metric, and its name."""
-        return max((error, name) for name, error in self.metrics.items())
-
-
-def compare(case: Case, run_dir: Path, records: list[dict], expected: Outcome, *, bf16: bool = False) -> Errors:
-    """Distances of a run in `run_dir` from the oracle's. Asserts what must be equal: names of metrics, zeros."""
-    errors = Errors()
-    dataset = "text" if case["objective"] == "pretrain" else "rows"
-    actual = numbers(records, "train")
-    held_out = numbers(records, "validation")
-    assert len(actual) == STEPS and len(held_out) == 2
-    named = [
-        {"step": step, **{f"validation/{dataset}/{name}": value for name, value in values.items()}}
-        for step, values in zip((0, STEPS), expected.validation, strict=True)
-    ]
-    for found, wanted in zip([*actual, *held_out], map(dict, [*expected.train, *named]), strict=True):
-        slack = {name: wanted.pop(name) for name in list(wanted) if "slack " in name}
-        assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
-        assert [found.get(name) for name in ("step", "num_tokens")] == [
-            wanted.get(name) for name in ("step", "num_tokens")
-        ]
-        for name, value in wanted.items():
-            short = name.removeprefix(f"validation/{dataset}/")
-            undecided = slack.get(f"{name.removesuffix(short)}slack {short}", 0.0)
-            error = max(0.0, abs(found[name] - value) - undecided) / max(1.0, abs(value))
-            errors.metrics[short] = max(errors.metrics.get(short, 0.0), error)
-
-    arch = ARCHITECTURES[case["architecture"]]
-    checkpoints = run_dir / "checkpoints"
-    moments, padding = read_megatron(checkpoints / "step_0000001", arch, "optimizer.state.exp_avg.")
-    assert moments.keys() == expected.first_gradient.keys(), moments.keys() ^ expected.first_gradient.keys()
-    largest = max(float(value.abs().max()) for value in expected.first_gradient.values())
-    squares = {"difference": 0.0, "gradient": 0.0}
-    for name, moment in moments.items():
-        # After one step Adam's first moment is (1 - beta1) x the gradient that it was given.
-        gradient = moment.double() / ((1 - 0.9) * expected.first_clipping)
-        assert gradient.shape == expected.first_gradient[name].shape, name
-        difference = gradient - expected.first_gradient[name]
-        errors.gradient = max(errors.gradient, float(difference.abs().max()) / largest)
-        squares["difference"] += float(difference.square().sum())
-        squares["gradient"] += float(expected.first_gradient[name].square().sum())
-    errors.direction = math.sqrt(squares["difference"] / squares["gradient"])
-    assert not any(rows.any() for rows in padding.values()), "padding rows of the vocabulary have a gradient"
-
-    weights, _ = read_megatron(checkpoints / f"step_{STEPS:07d}", arch)
-    if bf16:
-        # The fp32 weights that the optimizer keeps (sharded under one name, replicated under another).
-        for prefix in ("optimizer.state.param.", "optimizer.state.fp32_param."):
-            weights |= read_megatron(checkpoints / f"step_{STEPS:07d}", arch, prefix)[0]
-        assert {value.dtype for value in weights.values()} == {torch.float32}
-    assert weights.keys() == expected.weights.keys()
-    squares = {"difference": 0.0, "update": 0.0}
-    for name, value in weights.items():
-        difference = value.double() - expected.weights[name]
-        errors.weights = max(errors.weights, float(difference.abs().max()) / LR)
-        squares["difference"] += float(difference.square().sum())
-        squares["update"] += float((expected.weights[name] - expected.initial[name]).square().sum())
-    errors.update = math.sqrt(squares["difference"] / squares["update"])
-    return errors

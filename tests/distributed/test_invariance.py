@@ -26,7 +26,8 @@ import pytest
 
 from tests.distributed import invariance_report
 from tests.distributed.invariance_design import BLOCKS, DESIGN, REPRESENTATIVES, name_of
-from tests.distributed.invariance_runs import Models, compare, oracle_of, overrides_of, parallel_of, verb_of, world_size
+from tests.distributed.invariance_errors import compare
+from tests.distributed.invariance_runs import Models, oracle_of, overrides_of, parallel_of, verb_of, world_size
 from tests.distributed.stage_runs import run_stage
 from tests.oracle.pairwise import Case, feasible_pairs, number_of_cases, pairs_of
 

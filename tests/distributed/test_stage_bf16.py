@@ -18,7 +18,8 @@ import torch
 
 from tests.distributed import invariance_report
 from tests.distributed.invariance_design import REPRESENTATIVES, name_of
-from tests.distributed.invariance_runs import Models, compare, oracle_of, overrides_of, parallel_of, verb_of, world_size
+from tests.distributed.invariance_errors import compare
+from tests.distributed.invariance_runs import Models, oracle_of, overrides_of, parallel_of, verb_of, world_size
 from tests.distributed.stage_runs import numbers, run_stage
 from tests.oracle.pairwise import Case
 from tests.stage_inputs import stage_overrides

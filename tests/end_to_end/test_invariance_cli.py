@@ -10,7 +10,8 @@ import pytest
 from nemo_align.training.metrics import read_metrics
 from tests.distributed import invariance_report
 from tests.distributed.invariance_design import DESIGN, REPRESENTATIVES, name_of
-from tests.distributed.invariance_runs import Models, compare, oracle_of, overrides_of, parallel_of, verb_of, world_size
+from tests.distributed.invariance_errors import compare
+from tests.distributed.invariance_runs import Models, oracle_of, overrides_of, parallel_of, verb_of, world_size
 from tests.distributed.stage_runs import numbers, run_stage
 from tests.end_to_end.commands import run
 from tests.oracle.pairwise import Case
