@@ -51,9 +51,11 @@ class Run:
         return [record for record in self.records if record["begins"] == kind]
 
     def peak_until_first_save(self) -> int:
-        """Bytes above the imports, from the start of the run to its first save."""
+        """Bytes from the start of the run to its first save, above what is resident beside tensors as training begins:
+        the interpreter, libraries, data (what was resident after the imports varies by 70 MB between like runs)."""
         first = next(index for index, record in enumerate(self.records) if record["begins"] == "save")
-        return max(record["VmHWM"] for record in self.records[: first + 1]) - self.before["VmRSS"]
+        begin = self.at("train")[0]
+        return max(record["VmHWM"] for record in self.records[: first + 1]) - (begin["VmRSS"] - begin["tensors"])
 
 
 @pytest.fixture(scope="module")

@@ -141,6 +141,7 @@ HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>--><svg onlo
 
 
 def test_a_report_shows_names_as_text(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     run_dir = tmp_path / "stage"
     metrics = {f"validation/{HOSTILE.replace('/', '')}/loss": 1.0}
     writer = MetricsWriter(run_dir)
