@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,22 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. Values: finite or not finite numbers, strings, and nested lists and mappings of them."""
         record = finite(record)
-        if self._earlier and _key(record) in self._earlier:
-            self._replace([other for other in read_metrics(self.path) if _key(other) != _key(record)])
-        if self._stream is None:
-            _end_torn_line(self.path)
-            self._stream = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # by lines: a crash loses no step
-        self._stream.write(json.dumps(record, allow_nan=False) + "\n")
+        try:
+            if self._earlier and _key(record) in self._earlier:
+                self._replace([other for other in read_metrics(self.path) if _key(other) != _key(record)])
+            if self._stream is None:
+                _end_torn_line(self.path)
+                self._stream = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # by lines: a crash loses no step
+            self._stream.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                with suppress(OSError):  # closing tries once more to write what did not fit
+                    stream.close()
+            raise ValueError(
+                f"{self.path} cannot be written: {error.strerror}. Mend that and start the same command again: it goes "
+                "on from the last checkpoint"
+            ) from None
 
     def close(self) -> None:
         if self._stream is not None:

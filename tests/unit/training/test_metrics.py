@@ -1,6 +1,7 @@
 """metrics.jsonl and result.json: nothing is lost, nothing is there twice, every line is standard JSON."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -95,3 +96,20 @@ def test_a_damaged_result_says_what_to_do(tmp_path):
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(ValueError, match="delete it and start the same command again"):
         read_result(tmp_path)
+
+
+def test_a_full_disk_is_named_in_one_line(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(train(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))  # bytes: room for no second line
+    try:
+        with pytest.raises(ValueError) as caught:
+            writer.write(train(2))
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value).startswith(f"{tmp_path}/metrics.jsonl cannot be written: File too large. Mend that and ")
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+    writer.write(train(2))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
