@@ -129,12 +129,16 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_round(command, tmp_path):
     code = f"from nemo_align.runtime.local_launch import launch; exit(launch({argv!r}, 2, {str(tmp_path)!r}))"
     parent = subprocess.Popen([sys.executable, "-c", code])
     pid_file = tmp_path / "run" / "pid_1"
-    deadline = time.monotonic() + 60
-    while not pid_file.exists() or not pid_file.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(int(pid_file.read_text()), signal.SIGUSR1)
-    assert parent.wait(timeout=60) == exit_codes.STOPPED_AFTER_SAVING
+    deadline = time.monotonic() + 180
+    try:
+        while not pid_file.exists() or not pid_file.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(int(pid_file.read_text()), signal.SIGUSR1)
+        assert parent.wait(timeout=180) == exit_codes.STOPPED_AFTER_SAVING
+    finally:
+        parent.kill()  # its workers go with it
+        parent.wait()
     rounds = [(tmp_path / "run" / f"stopped_{rank}").read_text() for rank in (0, 1)]
     assert rounds[0] == rounds[1]
 
