@@ -7,14 +7,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from nemo_align.checkpoint import store
 from nemo_align.checkpoint.storage import TensorReader
 from nemo_align.training.metrics import read_metrics
 from tests.distributed.stage_runs import numbers
 from tests.faults.cases import SAVE_EVERY, Case
-from tests.faults.runs import Attempt, Job
+from tests.faults.runs import Attempt, Job, listening_sockets
 
 VANISH_SECONDS = 20.0  # from the end of the command to that of its processes: at once, on an idle machine
 
@@ -118,9 +116,8 @@ def nothing_left(attempt: Attempt) -> None:
     while (left := attempt.job.processes()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left, [(process.pid, process.cmdline()) for process in left]
-    listening = {entry.laddr.port for entry in psutil.net_connections("inet") if entry.status == "LISTEN"}
-    still = (attempt.ports or set()) & listening
-    assert not still, f"ports {still} are still open"
+    still = (attempt.sockets or set()) & listening_sockets()
+    assert not still, f"{len(still)} ports are still open"
 
 
 def no_temporary_files(job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import signal
@@ -18,7 +19,7 @@ from tests.end_to_end.commands import command, environment
 
 TOKEN = "NEMO_ALIGN_FAULT_RUN"  # in the environment of everything that a run starts
 POLL_SECONDS = 0.003
-ATTEMPT_SECONDS = 240.0  # of a run of seconds, on a machine that does other things too
+ATTEMPT_SECONDS = 900.0  # for a run of seconds: the machine may do much else; only a run that hangs takes so long
 _STEP = re.compile(r"INFO nemo_align: (?!reference |score )\S+ (\d+)/(\d+)  ")
 _RESUMED = re.compile(r"resumed (\S+) at step (\d+) of \d+")
 
@@ -67,7 +68,7 @@ class Attempt:
     def __init__(self, job: Job, number: int, extra: Sequence[str]) -> None:
         self.job = job
         self.output = job.folder / f"output_{number}.txt"
-        self.ports: set[int] | None = None  # that the run listened on, once it has started
+        self.sockets: set[int] | None = None  # that the run listened on, by inode, once it has started
         self._offsets = {path: path.stat().st_size for path in job.logs()}
         self._lines: list[str] = []
         variables = {**environment(), TOKEN: job.token, "TMPDIR": str(job.temporary)}
@@ -128,8 +129,8 @@ class Attempt:
                 return reached(self)
             if time.monotonic() > deadline:
                 raise AssertionError(f"nothing after {timeout:g} s; the command said\n{self.said()[-4000:]}")
-            if self._lines and self.ports is None:
-                self.ports = _listening(self.job.processes())
+            if self._lines and self.sockets is None:
+                self.sockets = _sockets(self.job.processes()) & listening_sockets()
             time.sleep(POLL_SECONDS)
         return True
 
@@ -178,12 +179,25 @@ def job(arguments: Sequence[str], folder: Path, run_dir: Path | None = None) -> 
             attempt.end()
 
 
-def _listening(processes: list[psutil.Process]) -> set[int]:
-    ports = set()
+def listening_sockets() -> set[int]:
+    """Inodes of all TCP sockets of this machine that listen. Ports would not do: they soon belong to somebody else."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(FileNotFoundError):
+            fields = (line.split() for line in Path(table).read_text().splitlines()[1:])
+            found |= {int(field[9]) for field in fields if field[3] == "0A"}  # TCP_LISTEN
+    return found
+
+
+def _sockets(processes: list[psutil.Process]) -> set[int]:
+    found = set()
     for process in processes:
-        with contextlib.suppress(psutil.Error):
-            ports |= {entry.laddr.port for entry in process.net_connections("inet") if entry.status == "LISTEN"}
-    return ports
+        with contextlib.suppress(OSError):
+            for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry)):
+                        found.add(int(match[1]))
+    return found
 
 
 @dataclass(frozen=True)
