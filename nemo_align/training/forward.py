@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,11 +13,16 @@ from megatron.core.distributed import DistributedDataParallel
 
 from nemo_align.data.source import Step, StepSource
 from nemo_align.runtime import watchdog
-from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.schedule_step import Objective, StepOutcome, run_step
 from nemo_align.training.task import SetMetrics
+
+
+class Stops(Protocol):
+    """Who knows whether the run was asked to stop: a StopRequest, or the training loop's `Saving`."""
+
+    def agreed(self, topology: Topology) -> bool: ...
 
 
 @contextmanager
@@ -47,7 +53,7 @@ def forward_steps(
     steps: Iterator[Step],
     objective: Objective,
     topology: Topology,
-    stop: StopRequest,
+    stop: Stops,
     totals: ForwardTotals,
     *,
     collect_examples: bool,
@@ -70,7 +76,7 @@ def validate(
     validation: dict[str, StepSource],
     objective: Objective,
     topology: Topology,
-    stop: StopRequest,
+    stop: Stops,
     totals: ForwardTotals,
     *,
     batch_size: int,
