@@ -92,8 +92,15 @@ def newest(run_dir: Path) -> Path:
     return path
 
 
+def standings(run_dir: Path) -> dict[str, Standing]:
+    """Where each stage of a pipeline stands by its files; of a run that is none, under ''."""
+    if not (run_dir / "manifest.json").exists():
+        return {"": standing(run_dir)}
+    return {path.parent.name: standing(path.parent) for path in run_dir.glob("*/config.yaml")}
+
+
 def standing(run_dir: Path) -> Standing:
-    """Where the run stands by its files."""
+    """Where the run of one stage stands by its files."""
     path = store.newest_complete(run_dir)
     saved = int(path.name.removeprefix("step_").removesuffix(store.REPLACED)) if path is not None else 0
     steps = [record["step"] for record in read_metrics(run_dir) if record["kind"] == "train"]
@@ -127,10 +134,13 @@ def no_temporary_files(job: Job) -> None:
     assert not list(job.run_dir.rglob(f"*{store.REPLACED}"))
 
 
-def went_on(attempt: Attempt, before: Standing) -> int:
+def went_on(attempt: Attempt, before: dict[str, Standing]) -> int:
     """Assert that `attempt` began at the newest whole checkpoint; returns how many steps were trained again."""
-    resumed = attempt.resumed()
-    steps = attempt.steps()
+    return max((_went_on(attempt, stage, place) for stage, place in before.items()), default=0)
+
+
+def _went_on(attempt: Attempt, stage: str, before: Standing) -> int:
+    resumed, steps = attempt.resumed(stage), attempt.steps(stage)
     if resumed is None:
         assert before.saved == 0 or not steps, f"step {before.saved} was saved, and the run began anew"
         return before.logged if steps else 0

@@ -70,7 +70,7 @@ class Attempt:
         self.output = job.folder / f"output_{number}.txt"
         self.sockets: set[int] | None = None  # that the run listened on, by inode, once it has started
         self._offsets = {path: path.stat().st_size for path in job.logs()}
-        self._lines: list[str] = []
+        self._lines: dict[Path, list[str]] = {}
         variables = {**environment(), TOKEN: job.token, "TMPDIR": str(job.temporary)}
         self.started = time.monotonic()
         with open(self.output, "wb") as output:
@@ -86,8 +86,8 @@ class Attempt:
         """stdout and stderr of the command and of rank 0."""
         return self.output.read_text(errors="replace")
 
-    def lines(self) -> list[str]:
-        """Lines of the log since this start."""
+    def lines(self, stage: str = "") -> list[str]:
+        """Lines of the log since this start: of one stage of a pipeline, or of everything in order of the stages."""
         for path in self.job.logs():
             offset = self._offsets.get(path, 0)
             with open(path, "rb") as stream:
@@ -96,18 +96,20 @@ class Attempt:
             whole = new.rfind(b"\n") + 1
             if whole:
                 self._offsets[path] = offset + whole
-                self._lines += new[:whole].decode(errors="replace").splitlines()
-        return self._lines
+                self._lines.setdefault(path, []).extend(new[:whole].decode(errors="replace").splitlines())
+        if stage:
+            return self._lines.get(self.job.run_dir / stage / "log.txt", [])
+        return [line for lines in self._lines.values() for line in lines]
 
-    def steps(self) -> list[int]:
-        """Training steps that this attempt has done, of the last stage that it came to."""
-        found = [int(match[1]) for line in self.lines() if (match := _STEP.search(line))]
+    def steps(self, stage: str = "") -> list[int]:
+        """Training steps since this start, or since the launcher's last restart within it."""
+        found = [int(match[1]) for line in self.lines(stage) if (match := _STEP.search(line))]
         begin = max((index for index in range(1, len(found)) if found[index] <= found[index - 1]), default=0)
         return found[begin:]
 
-    def resumed(self) -> tuple[Path, int] | None:
+    def resumed(self, stage: str = "") -> tuple[Path, int] | None:
         """Checkpoint and step that this attempt went on from."""
-        found = [match for line in self.lines() if (match := _RESUMED.search(line))]
+        found = [match for line in self.lines(stage) if (match := _RESUMED.search(line))]
         return (Path(found[-1][1]), int(found[-1][2])) if found else None
 
     def ranks(self) -> dict[int, psutil.Process]:

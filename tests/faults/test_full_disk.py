@@ -42,8 +42,8 @@ def test_a_disk_that_fills_up(left, saves, undisturbed, disturbed, ledger, tmp_p
         assert "Traceback" not in said, said
         assert str(small.path) in said and ("No space left on device" in said or "bytes" in said), said
         ledger.checkpoints_checked += checks.published_are_whole(job.run_dir)
-        before = checks.standing(job.run_dir)
-        assert before.saved >= 2
+        before = checks.standings(job.run_dir)
+        assert before[""].saved >= 2
         small.make_room()
         again = job.finish(asynchronous)
         assert again.process.returncode == exit_codes.SUCCESS, again.said()

@@ -41,13 +41,13 @@ def test_checkpoints_that_cannot_be_written_any_more(saves, undisturbed, disturb
         checks.nothing_left(attempt)
         assert code == exit_codes.USER_ERROR, said
         assert "Traceback" not in said and str(folder) in said and "Read-only file system" in said, said
-        before = checks.standing(job.run_dir)
-        assert before.saved >= 2
+        before = checks.standings(job.run_dir)
+        assert before[""].saved >= 2
         # Started again while it is still so: the same message, and nothing is lost meanwhile.
         again = job.finish(asynchronous)
         assert again.process.returncode == exit_codes.USER_ERROR, again.said()
         assert "Read-only file system" in again.said() and "Traceback" not in again.said(), again.said()
-        assert checks.standing(job.run_dir).saved == before.saved
+        assert checks.standings(job.run_dir)[""].saved == before[""].saved
     last = job.finish(asynchronous)
     assert last.process.returncode == exit_codes.SUCCESS, last.said()
     checks.no_temporary_files(job)

@@ -64,7 +64,7 @@ def test_without_restarts_a_hang_has_its_own_exit_code(undisturbed, disturbed, l
     assert attempt.wait_until(lambda one: one.steps()[-1:] >= [3]), attempt.said()
     attempt.ranks()[1].send_signal(signal.SIGSTOP)
     assert attempt.wait() == exit_codes.HUNG, attempt.said()
-    before = checks.standing(job.run_dir)
+    before = checks.standings(job.run_dir)
     checks.nothing_left(attempt)
     again = job.finish()
     assert again.process.returncode == exit_codes.SUCCESS, again.said()
