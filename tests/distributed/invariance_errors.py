@@ -21,6 +21,27 @@ EXACT = ("step", "num_tokens")
 FLOOR = 1e-3
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What fp32 may differ from fp64, a few times the largest error of the design.
+
+    metrics: fp32 keeps 24 bits (6e-8), and a value has gone through sums of some hundred terms.
+    gradient: sums over all tokens that nearly cancel keep the rounding of their terms.
+    weights: Adam's update changes by lr / eps x the gradient's error (eps is 1e-3 here), and a weight of 0.5 has a
+    spacing of 6e-8, which is 6e-5 of this learning rate.
+    """
+
+    metrics: float = 5e-6
+    gradient: float = 1e-5
+    weights: float = 1.5e-3
+
+
+def fp32_bounds(case: Case) -> Bounds:
+    """IPO's are wider: a response's summed log-probability of 150 has a spacing of 1.5e-5 in fp32, and IPO squares the
+    distance of such sums, which also gives it the largest gradients."""
+    return Bounds(metrics=5e-5, weights=1e-2) if case["objective"] == "ipo" else Bounds()
+
+
 @dataclass
 class Errors:
     """The largest distances between a run and the oracle."""
