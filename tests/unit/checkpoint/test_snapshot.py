@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
+from nemo_align.runtime import device
+
+device.install()  # before Megatron-core is imported
+
 from nemo_align.checkpoint.manifest import describe_files
 from nemo_align.checkpoint.snapshot import Cancelled, Snapshot, _CheckedFile, _write_item, write_checked
 
