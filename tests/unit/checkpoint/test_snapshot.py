@@ -14,8 +14,8 @@ from nemo_align.runtime import device
 
 device.install()  # before Megatron-core is imported
 
-from nemo_align.checkpoint.manifest import describe_files
-from nemo_align.checkpoint.snapshot import Cancelled, Snapshot, _CheckedFile, _write_item, write_checked
+from nemo_align.checkpoint.manifest import describe_files  # noqa: E402
+from nemo_align.checkpoint.snapshot import Cancelled, Snapshot, _CheckedFile, _write_item, write_checked  # noqa: E402
 
 
 def test_the_checksum_is_that_of_the_file(tmp_path: Path) -> None:
