@@ -37,23 +37,21 @@ def deleted(path: Path, chance: random.Random) -> None:
 
 def zeroed(path: Path, chance: random.Random) -> None:
     """A block of zeros, as a file system leaves behind that lost its power."""
-    data = bytearray(path.read_bytes())
-    begin = chance.randrange(max(1, len(data) - 512))
-    data[begin : begin + 512] = bytes(len(data[begin : begin + 512]))
+    before = data = path.read_bytes()
+    while data == before:
+        begin = chance.randrange(len(before))
+        end = min(begin + 512, len(before))
+        data = before[:begin] + bytes(end - begin) + before[end:]
     path.write_bytes(data)
 
 
 DAMAGES = [
     ("__0_0.distcp", truncated),
-    ("__0_0.distcp", zeroed),
     ("__1_0.distcp", flipped),
     ("__1_0.distcp", deleted),
     (".metadata", flipped),
-    (".metadata", truncated),
-    ("common.pt", flipped),
+    ("common.pt", zeroed),
     ("manifest.json", truncated),
-    ("manifest.json", deleted),
-    ("metadata.json", deleted),
     ("tokenizer/tokenizer.model", flipped),
 ]
 

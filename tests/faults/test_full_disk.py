@@ -21,9 +21,8 @@ MEGABYTE = 1 << 20
     "left, saves",
     [
         ("nothing", "beside the steps"),
-        ("less than a checkpoint", "beside the steps"),
+        ("less than a checkpoint", "between the steps"),
         ("hardly more than its tensors", "beside the steps"),
-        ("hardly more than its tensors", "between the steps"),
     ],
 )
 def test_a_disk_that_fills_up(left, saves, undisturbed, disturbed, ledger, tmp_path):

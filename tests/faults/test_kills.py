@@ -32,7 +32,7 @@ PHASES = {
     "score": moments.SCORING,
     "pipeline": moments.PIPELINE,
 }
-SHARES = {"pretrain": 8, "sft": 9, "reward": 6, "preference": 9, "score": 4, "pipeline": 4}
+SHARES = {"pretrain": 6, "sft": 8, "reward": 4, "preference": 8, "score": 3, "pipeline": 3}
 VICTIMS = ("rank 0", "rank 1", "all", "command")
 KILLS_OF_A_RUN = 9
 MOST_TRIES = 3

@@ -17,13 +17,12 @@ from tests.faults.runs import Attempt
 
 pytestmark = pytest.mark.full
 
-TRAINING = ("start-up", "loading", "step", "validation", "save begun", "last save")
 PHASES = {
-    "pretrain": TRAINING,
-    "sft": TRAINING,
-    "preference": ("start-up", "reference pass", "reference pass", "step", "save written", "export"),
-    "score": ("start-up", "scoring"),
-    "pipeline": ("sft: step", "score: scoring", "dpo: reference pass", "dpo: step"),
+    "pretrain": ("loading", "save begun", "last save"),
+    "sft": ("start-up", "loading", "step", "validation", "save written", "last save"),
+    "preference": ("start-up", "reference pass", "reference pass", "step", "export"),
+    "score": ("scoring",),
+    "pipeline": ("reward: step", "dpo: reference pass"),
 }
 # A user or SLURM's --signal=B: reaches the command, scancel all processes, and a kill by hand any one of them.
 TARGETS = ("command", "everything", "rank 1")
