@@ -66,6 +66,7 @@ def main(verb: str, config_path: str | Path) -> int:
         return exit_codes.FAILURE
     finally:
         watchdog.stop()
+        stop.close()
     return code
 
 

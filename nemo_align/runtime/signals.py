@@ -42,6 +42,12 @@ class StopRequest:
             signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
+    def close(self) -> None:
+        """The process is about to end: a signal that comes now changes nothing. Python takes its own handlers away while
+        it ends, and the signal's default action would make a finished worker look like a killed one."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)
 

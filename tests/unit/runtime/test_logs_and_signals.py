@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +60,21 @@ def test_a_stop_signal_is_noted_and_may_repeat(number):
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)
     assert stop.requested
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_stop_signal_while_python_ends_changes_no_exit_code(closed):
+    code = f"""if True:
+        import os, signal
+        from nemo_align.runtime.signals import StopRequest
+        class Late:
+            def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGUSR1):
+                kill(own, number)
+        late = Late()  # goes when the modules do, after Python has taken its handlers away
+        stop = StopRequest()
+        stop.install()
+        {"stop.close()" if closed else ""}
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False)
+    assert ended.returncode == (0 if closed else -signal.SIGUSR1)
