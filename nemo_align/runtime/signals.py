@@ -43,8 +43,10 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def close(self) -> None:
-        """The process is about to end: a signal that comes now changes nothing. Python takes its own handlers away while
-        it ends, and the signal's default action would make a finished worker look like a killed one."""
+        """The process is about to end: a signal that comes now changes nothing.
+
+        Python takes its handlers away while it ends, and the default action would make a finished worker look killed.
+        """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
