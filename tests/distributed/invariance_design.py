@@ -50,7 +50,7 @@ def layouts() -> Block:
 
 
 def tasks() -> Block:
-    """`micro_batch`: "packed" into micro-batches of one sequence length, "packed wide" of three, or examples apart."""
+    """`micro_batch`: "packed" into micro-batches of two sequence lengths, "packed wide" of four, or examples apart."""
     found = []
     for objective in ("pretrain", "sft", "regression", *PREFERENCES):
         for micro_batch in ("packed", "packed wide", 1, 2, 4):

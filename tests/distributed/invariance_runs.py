@@ -23,6 +23,8 @@ SEQUENCE = 96  # tokens of the longest row
 WINDOW = 48  # tokens of a pretraining sample
 ATTRIBUTES = ["clarity", "safety"]
 ROWS = {"sft": "dialogues", "regression": "rated", "preference": "pairs"}
+# Room for at least two sequences: even four examples on three ranks share a micro-batch then.
+PACKED = {"packed": 2 * SEQUENCE, "packed wide": 4 * SEQUENCE}
 TERMS = {  # level of `terms` -> (sft_loss_weight, preference_average_log_probs)
     "preference": (0.0, False),
     "with sft": (0.05, False),
@@ -128,9 +130,9 @@ def overrides_of(case: Case, inputs: StageInputs, models: Models) -> list[str]:
         "data.validation.rows.path": inputs.rows(f"{rows}_held_out"),
         "train.max_steps": STEPS,
     }
-    if case["micro_batch"] == "packed wide":
-        common["train.micro_batch_tokens"] = 3 * SEQUENCE
-    elif case["micro_batch"] != "packed":
+    if case["micro_batch"] in PACKED:
+        common["train.micro_batch_tokens"] = PACKED[case["micro_batch"]]
+    else:
         common |= {"train.packing": "false", "train.micro_batch_size": case["micro_batch"]}
     if verb == "reward":
         common |= {"reward.attributes": f"[{','.join(ATTRIBUTES)}]", "reward.load_head": "true"}
