@@ -51,8 +51,8 @@ def model_card(
     lines += ["", *(_reward_text(reward) if reward is not None else _policy_text(tokenizer))]
     if joins_across_turns:
         lines += [
-            "**A dialogue must not be encoded as one text.** The vocabulary joins newlines with their neighbours, and in "
-            f"training they stood apart. {REMEDY}.",
+            "**A dialogue must not be encoded as one text.** The vocabulary joins newlines with their neighbours, and "
+            f"in training they stood apart. {REMEDY}.",
             "",
         ]
     if run_dir is not None:
