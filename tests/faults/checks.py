@@ -117,14 +117,24 @@ def published_are_whole(run_dir: Path) -> int:
 
 
 def nothing_left(attempt: Attempt) -> None:
-    """Assert that the command left no process and no port behind, as soon as the kernel has had time to end them."""
+    """Assert that the command left no process and no open port, as soon as the kernel has had time to end them.
+
+    Both are looked for: a process that ends loses its environment, by which we know it, before its sockets.
+    """
     assert attempt.process.poll() is not None
     deadline = time.monotonic() + VANISH_SECONDS
-    while (left := attempt.job.processes()) and time.monotonic() < deadline:
+    while True:
+        processes = attempt.job.processes()
+        sockets = (attempt.sockets or set()) & listening_sockets()
+        if not processes and not sockets:
+            return
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.05)
-    assert not left, [(process.pid, process.cmdline()) for process in left]
-    still = (attempt.sockets or set()) & listening_sockets()
-    assert not still, f"{len(still)} ports are still open"
+    raise AssertionError(
+        f"{VANISH_SECONDS:g} s after the command's end there are still {len(sockets)} open ports and the processes "
+        f"{[(process.pid, process.name()) for process in processes]}"
+    )
 
 
 def no_temporary_files(job: Job) -> None:
