@@ -11,6 +11,7 @@ from tests.stage_inputs import MODEL, StageInputs, stage_overrides
 STAGES = ("pretrain", "sft", "reward", "preference")
 VALIDATE_EVERY = 3  # never at the step before a save, so that the two are told apart
 SAVE_EVERY = 2
+EXPORTING = ("pretrain", "preference")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def training_case(inputs: FaultInputs, verb: str, *, start: Path | None = None, 
     common = [
         f"checkpoint.save_every={SAVE_EVERY}",
         f"train.validate_every={VALIDATE_EVERY}",
-        "checkpoint.export_hf=true",
+        # Importing transformers for the export takes longer than all the rest of the end.
+        f"checkpoint.export_hf={str(verb in EXPORTING).lower()}",
         "runtime.threads=1",
         "runtime.max_restarts=0",  # test_restarts.py lets the launcher start again
         "tracking.peak_tflops=0.1",  # measuring it takes a second of every start

@@ -39,6 +39,7 @@ class Ledger:
             "kills_by_case": _summed(self.kills, 0),
             "stop_signals": sum(self.stops.values()),
             "stop_signals_by_phase": _summed(self.stops, 1),
+            "stop_signals_by_case": _summed(self.stops, 0),
             "too_late": dict(self.late),
             "other_faults": dict(self.faults),
             "most_steps_lost": self.most_lost,

@@ -85,15 +85,14 @@ def test_deleted_checkpoints_begin_the_run_anew(undisturbed, disturbed, ledger):
     ledger.faults["deleted checkpoints"] += 1
 
 
-@pytest.mark.parametrize("case", ["sft", "pipeline"])
-def test_a_second_command_is_refused_while_the_first_runs(case, undisturbed, disturbed, ledger):
-    job = disturbed(case)
+def test_a_second_command_is_refused_while_the_first_runs(undisturbed, disturbed, ledger):
+    job = disturbed("sft")
     first = job.start()
     assert first.wait_until(lambda one: bool(one.lines())), first.said()
     second = Job(job.arguments[:-1], _beside(job), job.run_dir).finish()
     refused(second, f"another command (process {first.process.pid} on ", str(job.run_dir))
     assert first.wait() == exit_codes.SUCCESS, first.said()
-    checks.equal(undisturbed(case).outcomes, checks.outcomes(job.run_dir))
+    checks.equal(undisturbed("sft").outcomes, checks.outcomes(job.run_dir))
     ledger.faults["two commands at once"] += 1
     ledger.equal_ends += 1
 

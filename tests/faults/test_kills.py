@@ -25,7 +25,7 @@ from tests.faults.runs import Attempt, Job
 pytestmark = pytest.mark.full
 
 PHASES = {
-    "pretrain": moments.TRAINING,
+    "pretrain": moments.PRETRAINING,
     "sft": moments.TRAINING,
     "reward": moments.TRAINING,
     "preference": moments.PREFERENCE,
