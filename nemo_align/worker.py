@@ -82,8 +82,8 @@ def _run(
     watchdog.start(config.run_dir, environment.rank, environment.world_size, hang_seconds)
     watchdog.beat("importing torch")
 
-    from nemo_align.checkpoint.agreement import gather
     from nemo_align.runtime import device, topology
+    from nemo_align.runtime.agreement import gather
 
     device.install()
     watchdog.beat("meeting the other ranks")

@@ -1,4 +1,4 @@
-"""Save and load distributed checkpoints: weights, optimizer, schedule, random states.
+"""Load distributed checkpoints: weights, optimizer, schedule, random states. `saver` writes them.
 
 Every function here is collective: all ranks call it with the same arguments.
 """
@@ -12,70 +12,18 @@ import torch
 
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import sharded_state, store
-from nemo_align.checkpoint.agreement import gather, on_main
 from nemo_align.checkpoint.architecture import architecture_problems
 from nemo_align.checkpoint.head_and_rows import settle_head, vocabulary_problems
 from nemo_align.checkpoint.layout import layout_problem
 from nemo_align.checkpoint.safe_reading import read_metadata
-from nemo_align.checkpoint.saver import Saveable, Saver
 from nemo_align.checkpoint.store import CheckpointReference
 from nemo_align.checkpoint.torch_dist import load_sharded
 from nemo_align.config.model import ModelConfig
-from nemo_align.config.objectives import RewardConfig
 from nemo_align.runtime import seeds
+from nemo_align.runtime.agreement import gather, on_main
 from nemo_align.runtime.topology import Topology
 
 logger = logging.getLogger("nemo_align")
-
-
-def save(
-    run_dir: Path | str,
-    step: int,
-    *,
-    model_chunks: list[torch.nn.Module],
-    optimizer,  # MegatronOptimizer | None
-    scheduler,  # anything with state_dict() | None
-    state: dict,
-    topology: Topology,
-    verb: str,
-    model_config: ModelConfig,
-    reward_config: RewardConfig | None,
-    dtype: str,
-    tokenizer: Saveable,
-    final: bool,
-    fully_reshardable: bool = False,
-) -> Path:
-    """Write the checkpoint of `step` and publish it atomically; returns its folder.
-
-    Args:
-        model_chunks: one per virtual pipeline stage, wrapped for data parallelism or not.
-        optimizer: None saves weights only.
-        state: JSON values that `load_training` returns (no NaN).
-        dtype: fp32 | bf16, of the weights.
-        final: the end of a stage. Its optimizer state loads under any layout; periodic ones (False) are faster to write
-            and load only where TP and PP are the same.
-        fully_reshardable: a periodic save whose optimizer state loads under any layout, as the final one's does.
-    """
-    saver = Saver(run_dir, topology)
-    saver.start(
-        step,
-        model_chunks=model_chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        state=state,
-        verb=verb,
-        model_config=model_config,
-        reward_config=reward_config,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        final=final,
-        fully_reshardable=fully_reshardable,
-        copy=False,
-    )
-    report = saver.wait()
-    assert report is not None
-    logger.info("saved %s (%.2f GB)", report.path, report.num_bytes / 1e9)
-    return report.path
 
 
 def load_weights(

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from nemo_align.checkpoint.manifest import leaves_folder
+
 METADATA_FILE = ".metadata"
 
 # Every global that `.metadata` may name: plain containers, enums and dtypes. None of them does anything when called.
@@ -76,7 +78,7 @@ def read_metadata(folder: Path) -> Metadata:
         raise ValueError(f"{path} is refused: it holds {type(metadata).__name__}, not checkpoint metadata")
     for index, info in (metadata.storage_data or {}).items():
         name = info.relative_path
-        if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/"):
+        if not isinstance(name, str) or leaves_folder(name):
             raise ValueError(f"{path} is refused: the data of {index.fqn} lies outside the folder ({name!r})")
     return metadata
 

@@ -26,11 +26,11 @@ import torch.distributed as dist
 
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import sharded_state, store
-from nemo_align.checkpoint.agreement import gather, highest, on_main
 from nemo_align.checkpoint.snapshot import Cancelled, SavePlanner, Snapshot, Written, write_metadata
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.runtime import seeds, watchdog
+from nemo_align.runtime.agreement import gather, highest, on_main
 from nemo_align.runtime.topology import Topology
 
 TOKENIZER = "tokenizer"
@@ -117,9 +117,16 @@ class Saver:
         copy: bool = True,
         began: float | None = None,
     ) -> None:
-        """Begin the save of `step`. Arguments as of `megatron.save`, and two more.
+        """Begin the save of `step`; `advance` and `wait` publish it.
 
         Args:
+            model_chunks: one per virtual pipeline stage, wrapped for data parallelism or not.
+            optimizer: None saves weights only.
+            state: JSON values that `megatron.load_training` returns (no NaN).
+            dtype: fp32 | bf16, of the weights.
+            final: the end of a stage. Its optimizer state loads under any layout; periodic ones (False) are faster to
+                write and load only where TP and PP are the same.
+            fully_reshardable: a periodic save whose optimizer state loads under any layout, as the final one's does.
             copy: False writes the live tensors and needs no host memory for a copy: for callers that `wait` at once.
             began: time.perf_counter() at which training stopped for this save; None: now.
 

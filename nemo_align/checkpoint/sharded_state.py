@@ -18,8 +18,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from nemo_align.checkpoint.agreement import gather
 from nemo_align.runtime import device
+from nemo_align.runtime.agreement import gather
 from nemo_align.runtime.topology import Topology
 
 OPTIMIZER_PREFIX = "optimizer."

@@ -40,10 +40,10 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _Storag
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from nemo_align.checkpoint.agreement import highest
 from nemo_align.checkpoint.manifest import write_durably
 from nemo_align.checkpoint.safe_reading import METADATA_FILE
 from nemo_align.checkpoint.storage import COMMON_FILE, CONFIG, CONFIG_FILE
+from nemo_align.runtime.agreement import highest
 from nemo_align.runtime.topology import Topology
 
 

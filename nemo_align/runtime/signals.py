@@ -60,14 +60,9 @@ class StopRequest:
 
     def agreed(self, topology: Topology) -> bool:
         """Whether any rank was asked. A collective over all ranks (one number); all get the same answer."""
-        if topology.world_size == 1:
-            return self.requested
-        import torch
-        import torch.distributed as dist
+        from nemo_align.runtime.agreement import highest
 
-        asked = torch.tensor(int(self.requested), dtype=torch.int32, device=topology.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        return bool(highest(topology, [self.requested])[0])
 
     def leave_if_agreed(self, topology: Topology) -> None:
         """End the process where there is nothing to save yet, if any rank was asked to. A collective over all ranks."""

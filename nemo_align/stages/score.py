@@ -10,7 +10,6 @@ import logging
 import numpy as np
 from torch import Tensor
 
-from nemo_align.checkpoint.agreement import on_main
 from nemo_align.checkpoint.store import CheckpointReference
 from nemo_align.config.data import RowsConfig
 from nemo_align.config.hf_model import hf_reward_config
@@ -21,6 +20,7 @@ from nemo_align.data.scoring import tokenize_scoring, write_scored_rows
 from nemo_align.data.tokenized_rows import TokenizedRows
 from nemo_align.objectives.output import ObjectiveOutput
 from nemo_align.objectives.regression import read_predictions
+from nemo_align.runtime.agreement import on_main
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
 from nemo_align.runtime.rank_order import rank_zero_first
 from nemo_align.runtime.signals import StopRequest

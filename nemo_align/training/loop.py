@@ -12,10 +12,10 @@ import time
 from dataclasses import asdict
 from typing import NoReturn
 
-from nemo_align.checkpoint.agreement import on_main
 from nemo_align.checkpoint.megatron import load_training, newest_resumable
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.runtime import watchdog
+from nemo_align.runtime.agreement import on_main
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
 from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.data_identity import changes, describe_data

@@ -7,10 +7,10 @@ import time
 
 import torch
 
-from nemo_align.checkpoint.agreement import highest
 from nemo_align.checkpoint.saver import Saver, SaveReport
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.runtime import watchdog
+from nemo_align.runtime.agreement import highest
 from nemo_align.runtime.topology import Topology
 from nemo_align.training.session import Session
 from nemo_align.training.state import TrainState

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from nemo_align.checkpoint.agreement import on_main
 from nemo_align.checkpoint.megatron import load_weights
 from nemo_align.checkpoint.store import CheckpointReference, manifest_hash, resolve
 from nemo_align.config.objectives import RewardConfig
@@ -17,6 +16,7 @@ from nemo_align.config.stages import WorkerConfig
 from nemo_align.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_align.model.build import build_model
 from nemo_align.runtime import watchdog
+from nemo_align.runtime.agreement import on_main
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 

@@ -101,10 +101,9 @@ def step(run: Run, number: int) -> None:
 
 
 def save(run: Run, run_dir: str, number: int, tokenizer: str, *, final: bool = True, weights_only: bool = False) -> str:
-    from nemo_align.checkpoint import megatron
     from nemo_align.data.tokenizer import load_tokenizer
 
-    path = megatron.save(
+    return save_at_once(
         run_dir,
         number,
         model_chunks=run.chunks,
@@ -119,7 +118,15 @@ def save(run: Run, run_dir: str, number: int, tokenizer: str, *, final: bool = T
         tokenizer=load_tokenizer(tokenizer),
         final=final,
     )
-    return str(path)
+
+
+def save_at_once(run_dir: str | Path, number: int, *, topology: Any, **settings: Any) -> str:
+    """Save and publish before anything else happens; returns the checkpoint's folder."""
+    from nemo_align.checkpoint.saver import Saver
+
+    saver = Saver(run_dir, topology)
+    saver.start(number, **settings, copy=False)
+    return str(saver.wait().path)
 
 
 def train_and_save(topology, run_dir: str, tokenizer: str, steps: int, **options: Any) -> str:

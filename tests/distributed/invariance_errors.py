@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tests.distributed import invariance_report
 from tests.distributed.invariance_design import ARCHITECTURES
 from tests.distributed.invariance_runs import LR, STEPS
 from tests.distributed.stage_runs import numbers
@@ -124,3 +125,14 @@ def _compare_weights(checkpoint: Path, arch: Architecture, expected: Outcome, er
         difference_squared += float(difference.square().sum())
         squared += float((expected.weights[name] - expected.initial[name]).square().sum())
     errors.update = math.sqrt(difference_squared / squared)
+
+
+def check_fp32(case: Case, errors: Errors, *, how: str, name: str) -> None:
+    """Hold a run to the bounds of fp32, and record its errors under `how` (the report's heading) and `name`."""
+    metric, which = errors.metric
+    found = {"metric": metric, "gradient": errors.gradient, "weight / lr": errors.weights}
+    invariance_report.record(how, name, found)
+    bounds = fp32_bounds(case)
+    assert metric <= bounds.metrics, (which, errors.metrics)
+    assert errors.gradient <= bounds.gradient
+    assert errors.weights <= bounds.weights

@@ -85,6 +85,8 @@ class WorkerPool:
     def close(self) -> None:
         """End the workers."""
         for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):  # a worker that died before it had a group
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process in self._processes:
             process.join()
@@ -181,6 +183,7 @@ def _serve(rank: int, world_size: int, folder: str, connection: multiprocessing.
     from nemo_align.runtime.launch_environment import LaunchEnvironment
     from nemo_align.runtime.parent_death import die_with_parent
 
+    os.setpgid(0, 0)  # what a test starts here (Megatron's own saves start a process) ends with the worker
     die_with_parent()  # the fork server, which lives as long as pytest
     output = open(Path(folder) / f"rank_{rank}.txt", "w", buffering=1)  # noqa: SIM115  # open as long as the worker
     os.dup2(output.fileno(), 1)

@@ -40,10 +40,9 @@ def arguments(run: runs.Run, number: int, tokenizer: str) -> dict[str, Any]:
 
 def save_twice(topology, folder: str, tokenizer: str, *, dtype: str, fully: bool) -> list[int]:
     """Save step 2 at once and, into another folder, while two more steps are trained; then step 4 likewise."""
-    from nemo_align.checkpoint import megatron
-    from nemo_align.checkpoint.agreement import highest
     from nemo_align.checkpoint.saver import Saver, Status
     from nemo_align.checkpoint.snapshot import Snapshot
+    from nemo_align.runtime.agreement import highest
 
     write, may_write = Snapshot.write, threading.Event()
 
@@ -57,7 +56,7 @@ def save_twice(topology, folder: str, tokenizer: str, *, dtype: str, fully: bool
         runs.step(run, first)
         runs.step(run, first + 1)
         settings = {**arguments(run, first + 2, tokenizer), "fully_reshardable": fully}
-        megatron.save(Path(folder) / "at_once", first + 2, topology=topology, **settings)
+        runs.save_at_once(Path(folder) / "at_once", first + 2, topology=topology, **settings)
         Snapshot.write = write_late
         try:
             saver.start(first + 2, **settings)
@@ -102,8 +101,8 @@ def test_a_save_beside_the_steps_equals_one_that_stops_them(
 
 def save_with_a_full_disk(topology, folder: str, tokenizer: str) -> list[str]:
     """Rank 1 may not write more than 10,000 bytes into a file; then it may again."""
-    from nemo_align.checkpoint.agreement import highest
     from nemo_align.checkpoint.saver import Saver
+    from nemo_align.runtime.agreement import highest
 
     run = runs.build(topology)
     runs.step(run, 0)

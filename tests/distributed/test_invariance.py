@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import invariance_report
 from tests.distributed.invariance_design import BLOCKS, DESIGN, REPRESENTATIVES, name_of
-from tests.distributed.invariance_errors import compare, fp32_bounds
+from tests.distributed.invariance_errors import check_fp32, compare
 from tests.distributed.invariance_runs import Models, oracle_of, overrides_of, parallel_of, verb_of, world_size
 from tests.distributed.stage_runs import run_stage
 from tests.oracle.pairwise import Case, feasible_pairs, number_of_cases, pairs_of
@@ -41,13 +40,7 @@ def test_a_run_equals_the_oracle(case: Case, request, pools, models, stage_input
     overrides = overrides_of(case, stage_inputs, models)
     records = run_stage(pools(world_size(case)), verb_of(case), tmp_path, overrides, parallel_of(case))
     errors = compare(case, tmp_path, records, oracle_of(case, stage_inputs, models))
-    metric, name = errors.metric
-    found = {"metric": metric, "gradient": errors.gradient, "weight / lr": errors.weights}
-    invariance_report.record("fp32 against fp64", request.node.callspec.id, found)
-    bounds = fp32_bounds(case)
-    assert metric <= bounds.metrics, (name, errors.metrics)
-    assert errors.gradient <= bounds.gradient
-    assert errors.weights <= bounds.weights
+    check_fp32(case, errors, how="fp32 against fp64", name=request.node.callspec.id)
 
 
 def test_the_design_covers_every_feasible_pair():

@@ -8,9 +8,8 @@ from __future__ import annotations
 import pytest
 
 from nemo_align.training.metrics import read_metrics
-from tests.distributed import invariance_report
 from tests.distributed.invariance_design import DESIGN, REPRESENTATIVES, name_of
-from tests.distributed.invariance_errors import compare, fp32_bounds
+from tests.distributed.invariance_errors import check_fp32, compare
 from tests.distributed.invariance_runs import Models, oracle_of, overrides_of, parallel_of, verb_of, world_size
 from tests.distributed.stage_runs import numbers, run_stage
 from tests.end_to_end.commands import run
@@ -41,13 +40,7 @@ def finished(case: Case, stage_inputs, models: Models, folder) -> list[dict]:
 def test_the_command_equals_the_oracle(case: Case, request, models, stage_inputs, tmp_path):
     records = finished(case, stage_inputs, models, tmp_path)
     errors = compare(case, tmp_path / "run", records, oracle_of(case, stage_inputs, models))
-    metric, name = errors.metric
-    found = {"metric": metric, "gradient": errors.gradient, "weight / lr": errors.weights}
-    invariance_report.record("fp32 against fp64, by the command", request.node.callspec.id, found)
-    bounds = fp32_bounds(case)
-    assert metric <= bounds.metrics, (name, errors.metrics)
-    assert errors.gradient <= bounds.gradient
-    assert errors.weights <= bounds.weights
+    check_fp32(case, errors, how="fp32 against fp64, by the command", name=request.node.callspec.id)
 
 
 def test_the_cases_have_every_verb_and_number_of_workers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -90,8 +91,15 @@ def test_yaml_makes_no_objects(text: str, arguments: list[str], tmp_path: Path) 
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("option", [[], ["--multirun"], ["--info", "defaults"], ["--cfg", "hydra"]])
-@pytest.mark.parametrize("where", ["section", "dotted", "package", "swept"])
+@pytest.mark.parametrize(
+    "where, option",
+    [
+        *itertools.product(
+            ["section", "dotted", "package"], [[], ["--multirun"], ["--info", "defaults"], ["--cfg", "hydra"]]
+        ),
+        ("swept", ["--multirun"]),  # only a sweep takes several
+    ],
+)
 def test_files_do_not_set_hydra(where: str, option: list[str], arguments: list[str], tmp_path: Path, capfd) -> None:
     """Hydra calls what its own section names: callbacks, launchers, sweepers, factories of log handlers."""
     canary = tmp_path / "canary"
@@ -106,8 +114,6 @@ def test_files_do_not_set_hydra(where: str, option: list[str], arguments: list[s
         text = f"# @package _global_\nhydra:\n  callbacks:\n    theirs:\n      {target.format('      ')}"
     (folder / "theirs.yaml").write_text(text)
     (folder / "good.yaml").write_text("# @package _global_\ntrain:\n  packing: true\n")
-    if where == "swept" and option != ["--multirun"]:
-        pytest.skip("only a sweep takes several")
     choice = "+experiment=good,theirs" if where == "swept" else "+experiment=theirs"
     code = cli.main(["sft", "--config-dir", str(tmp_path / "mine"), *arguments, choice, *option])
     assert code == 2

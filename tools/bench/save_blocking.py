@@ -34,12 +34,12 @@ def measure(rank: int, ranks: int, million: int, saves: int, folder: str, result
     """One rank; rank 0 puts the figures into `results`."""
     import torch
 
-    from nemo_align.checkpoint.agreement import gather, highest
     from nemo_align.checkpoint.saver import Saver
     from nemo_align.config.model import ModelConfig
     from nemo_align.config.runtime import ParallelConfig, PrecisionConfig, RuntimeConfig
     from nemo_align.config.training import OptimizerConfig
     from nemo_align.runtime import device, topology
+    from nemo_align.runtime.agreement import gather, highest
     from nemo_align.runtime.launch_environment import LaunchEnvironment
 
     device.install()

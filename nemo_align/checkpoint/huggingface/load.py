@@ -50,8 +50,8 @@ def load_hf_weights(
             (listed), a reward model where a policy is asked for, `load_head` without a head.
     """
     # Here and not above: `convert` uses its neighbours without Megatron-core.
-    from nemo_align.checkpoint.agreement import agree, gather
     from nemo_align.checkpoint.sharded_state import bare_model, model_state
+    from nemo_align.runtime.agreement import agree, gather
 
     folder = Path(folder)
     model = hf_model_config(folder)
