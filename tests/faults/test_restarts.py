@@ -58,6 +58,21 @@ def test_a_frozen_rank_is_named_and_the_run_goes_on(undisturbed, disturbed, ledg
     ledger.faults["frozen rank"] += 1
 
 
+def test_without_restarts_a_hang_has_its_own_exit_code(undisturbed, disturbed, ledger):
+    job = disturbed("sft", extra=[f"runtime.hang_timeout_minutes={HANG_SECONDS / 60}"])
+    attempt = job.start()
+    assert attempt.wait_until(lambda one: one.steps()[-1:] >= [3]), attempt.said()
+    attempt.ranks()[1].send_signal(signal.SIGSTOP)
+    assert attempt.wait() == exit_codes.HUNG, attempt.said()
+    before = checks.standings(job.run_dir)
+    checks.nothing_left(attempt)
+    again = job.finish()
+    assert again.process.returncode == exit_codes.SUCCESS, again.said()
+    ledger.most_lost = max(ledger.most_lost, checks.went_on(again, before))
+    _ends_equal(again, undisturbed, ledger)
+    ledger.faults["frozen rank"] += 1
+
+
 def _ends_equal(attempt: Attempt, undisturbed, ledger) -> None:
     checks.nothing_left(attempt)
     checks.no_temporary_files(attempt.job)
