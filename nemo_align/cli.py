@@ -31,6 +31,11 @@ _WITH_VALUE = {
     "--package": "--package",
     "-p": "--package",
 }
+_WITHOUT_WORKERS = {
+    "convert": ("nemo_align.checkpoint.conversion.convert", "convert"),
+    "merge": ("nemo_align.checkpoint.conversion.merge", "merge"),
+    "inspect": ("nemo_align.checkpoint.conversion.inspect", "inspect"),
+}
 _CLAIM_SECONDS = 300.0  # for rank 0 to write config.yaml: thousands of ranks start within minutes, not at once
 _RANK_0_FIRST_SECONDS = 10.0
 _WORKERS_PER_CORE, _SOME_WORKERS = 4, 16
@@ -77,6 +82,8 @@ def _main(arguments: list[str]) -> int:
         print(f"nemo-align {__version__}")
         return SUCCESS
     verb, options = _verb(arguments[0]), parse_options(arguments[1:])
+    if verb == "inspect":  # `inspect PATH` reads better than `inspect path=PATH`
+        options.overrides = [text if "=" in text else f'path="{text}"' for text in options.overrides]
     if options.config_dirs:
         _use_config_dirs(options.config_dirs)
     if options.help:
@@ -107,13 +114,14 @@ def run(verb: str, overrides: list[str]) -> int:
     config = compose(verb, overrides)
     if verb == "pipeline":
         return importlib.import_module("nemo_align.pipeline.run").main(config, overrides)
-    if verb == "convert":
+    if verb in _WITHOUT_WORKERS:
         from nemo_align.runtime import logs
 
-        logger = logs.setup(config.run_dir, rank=0)
+        if verb != "inspect":
+            logs.setup(config.run_dir, rank=0)
         logs.quiet_libraries()
-        target = importlib.import_module("nemo_align.checkpoint.huggingface").convert(config)
-        logger.info("converted %s to %s", config.source, target)
+        module, function = _WITHOUT_WORKERS[verb]
+        getattr(importlib.import_module(module), function)(config)
         return SUCCESS
     return _run_here(verb, config, environment) if environment else _start_workers(verb, config)
 

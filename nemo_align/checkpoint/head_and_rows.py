@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from nemo_align.checkpoint.sharded_state import HEAD_PREFIX
+from nemo_align.checkpoint.keys import HEAD_PREFIX
 from nemo_align.checkpoint.store import CheckpointReference
 
 logger = logging.getLogger("nemo_align")

@@ -1,18 +1,20 @@
 """manifest.json: what a checkpoint is, and size and checksum of each of its files.
 
 The manifest is the last file written into a checkpoint before it is published, so a folder with a manifest whose
-sizes hold is whole. It is plain JSON: pipelines, model cards and `inspect` read it without torch.
+sizes hold is whole. It is plain JSON: pipelines, model cards and `inspect` read it without torch. It holds a checksum
+of itself too: a flipped digit in the number of consumed examples would replay or skip data in silence.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
+from nemo_align.checkpoint import checksums
+
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 REQUIRED_KEYS = (
     "format",
     "verb",
@@ -29,17 +31,7 @@ REQUIRED_KEYS = (
     "megatron_core",
     "torch",
 )
-_READ_BYTES = 8 << 20
-
-
-def file_checksum(path: Path) -> str:
-    """Hex blake2b (256 bit) of a file: faster than SHA-256 and in the standard library."""
-    digest = hashlib.blake2b(digest_size=32)
-    buffer = memoryview(bytearray(_READ_BYTES))
-    with open(path, "rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+_CHECKSUM = "checksum"
 
 
 def list_files(folder: Path) -> list[str]:
@@ -49,8 +41,8 @@ def list_files(folder: Path) -> list[str]:
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict]:
-    """The manifest's entry {"bytes", "blake2b"} of each named file."""
-    return {name: {"bytes": (folder / name).stat().st_size, "blake2b": file_checksum(folder / name)} for name in names}
+    """The manifest's entry of each named file, as `checksums` describes it."""
+    return {name: checksums.entry_of_file(folder / name) for name in names}
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -58,23 +50,34 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     manifest = {"format": FORMAT, **manifest}
     missing = [key for key in REQUIRED_KEYS if key not in manifest]
     assert not missing, f"manifest lacks {missing}"
-    text = json.dumps(manifest, indent=1, allow_nan=False)  # NaN is not JSON: other readers would fail
-    write_durably(folder / MANIFEST_FILE, text.encode())
+    write_durably(folder / MANIFEST_FILE, json.dumps(signed(manifest), indent=1, allow_nan=False).encode())
+
+
+def signed(manifest: dict) -> dict:
+    """A manifest with the checksum of its own content."""
+    content = {key: value for key, value in manifest.items() if key != _CHECKSUM}
+    # NaN is not JSON: other readers would fail.
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**content, _CHECKSUM: checksums.digest_of([text.encode()])}
 
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of the checkpoint in `folder`, its keys and file names checked.
 
     Raises:
-        ValueError: no manifest, broken JSON, a key missing, another format version, a file name leaving the folder.
+        ValueError: no manifest, broken JSON, a key missing, another format version, a file name leaving the folder, or
+            content that is not what was written.
+        checksums.Unreadable: it is there and the disk does not give it.
     """
     path = Path(folder) / MANIFEST_FILE
     try:
         manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder} has no {MANIFEST_FILE}: not a checkpoint of nemo_align, or its save was cut off"
         ) from None
+    except OSError as error:
+        raise checksums.unreadable(path, error) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}): the checkpoint is damaged, use an older one") from None
     if not isinstance(manifest, dict):
@@ -90,10 +93,10 @@ def read_manifest(folder: Path) -> dict:
         if not isinstance(name, str) or leaves_folder(name):
             raise ValueError(f"{path}: file name {name!r} leaves the checkpoint's folder")
     for name, entry in manifest["files"].items():
-        if not (
-            isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("blake2b"), str)
-        ):
-            raise ValueError(f"{path}: files[{name!r}] must have bytes and blake2b")
+        if not checksums.is_entry(entry):
+            raise ValueError(f"{path}: files[{name!r}] must have bytes and one of {', '.join(checksums.ALGORITHMS)}")
+    if manifest.get(_CHECKSUM) != signed(manifest)[_CHECKSUM]:
+        raise ValueError(f"{path} is damaged or was edited: its own checksum differs, use an older checkpoint")
     return manifest
 
 
@@ -103,31 +106,33 @@ def leaves_folder(name: str) -> bool:
 
 
 def check_sizes(folder: Path, manifest: dict) -> list[str]:
-    """Problems found from file sizes alone (cheap); empty when all files are there at their length."""
+    """Problems found from file sizes alone (cheap); empty when all files are there at their length.
+
+    Raises:
+        checksums.Unreadable: the disk does not answer.
+    """
     problems = []
     for name, entry in manifest["files"].items():
         try:
             found = (folder / name).stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{name} is missing")
             continue
+        except OSError as error:
+            raise checksums.unreadable(folder / name, error) from None
         if found != entry["bytes"]:
             problems.append(f"{name} has {found} bytes, {entry['bytes']} expected")
     return problems
 
 
 def check_checksums(folder: Path, manifest: dict, names: list[str]) -> list[str]:
-    """Problems among the named files found by reading them (about a second per GB)."""
-    problems = []
-    for name in names:
-        try:
-            found = file_checksum(folder / name)
-        except OSError as error:
-            problems.append(f"{name} cannot be read: {error.strerror}")
-            continue
-        if found != manifest["files"][name]["blake2b"]:
-            problems.append(f"{name} is damaged: its checksum differs from the manifest's")
-    return problems
+    """Problems among the named files found by reading them.
+
+    Raises:
+        checksums.Unreadable: the disk does not give a file's content.
+    """
+    found = (checksums.problem_of(folder / name, name, manifest["files"][name]) for name in names)
+    return [problem for problem in found if problem is not None]
 
 
 def write_durably(path: Path, data: bytes) -> None:

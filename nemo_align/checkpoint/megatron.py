@@ -14,13 +14,14 @@ from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import sharded_state, store
 from nemo_align.checkpoint.architecture import architecture_problems
 from nemo_align.checkpoint.head_and_rows import settle_head, vocabulary_problems
+from nemo_align.checkpoint.keys import EXTRA_STATE, RNG_KEY
 from nemo_align.checkpoint.layout import layout_problem
 from nemo_align.checkpoint.safe_reading import read_metadata
 from nemo_align.checkpoint.store import CheckpointReference
 from nemo_align.checkpoint.torch_dist import load_sharded
 from nemo_align.config.model import ModelConfig
 from nemo_align.runtime import seeds
-from nemo_align.runtime.agreement import gather, on_main
+from nemo_align.runtime.agreement import agree, gather, on_main
 from nemo_align.runtime.topology import Topology
 
 logger = logging.getLogger("nemo_align")
@@ -54,7 +55,7 @@ def load_weights(
     metadata = read_metadata(reference.path)
     unread = settle_head(reference, requested, metadata.state_dict_metadata, load_head=load_head)
     # FP8 histories belong to the run that made them, not to its weights.
-    unread |= {key for key in requested if sharded_state.EXTRA_STATE in key}
+    unread |= {key for key in requested if EXTRA_STATE in key}
     requested = {key: value for key, value in requested.items() if key not in unread}
     problems = architecture_problems(
         ModelConfig(**reference.manifest["model"]), sharded_state.bare_model(model_chunks[0])
@@ -102,10 +103,10 @@ def load_training(
         if problems := sharded_state.compare(requested, metadata, of=name):
             raise ValueError(f"{reference.path} does not fit the {name}. " + "; ".join(problems))
     resuming = scheduler is not None
-    if resuming and any(sharded_state.EXTRA_STATE in key for key in metadata.state_dict_metadata):
+    if resuming and any(EXTRA_STATE in key for key in metadata.state_dict_metadata):
         logger.warning("FP8 scaling histories start anew: the first steps differ in rounding from an undisturbed run")
     if resuming and same_layout:
-        content[sharded_state.RNG_KEY] = sharded_state.rng_object(None, topology)
+        content[RNG_KEY] = sharded_state.rng_object(None, topology)
     loaded = load_sharded(content, reference.path)
     _into_model(loaded, model_chunks)
     if not resuming:
@@ -115,7 +116,7 @@ def load_training(
         return manifest["state"]
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
-        seeds.set_rng_state(loaded[sharded_state.RNG_KEY])
+        seeds.set_rng_state(loaded[RNG_KEY])
     else:
         logger.warning(
             "the layout changed from %s to %s: random states start anew, the order of examples stays",
@@ -150,7 +151,8 @@ def _verify(path: Path, manifest: dict, topology: Topology) -> None:
 
 def _damage(path: Path, manifest: dict, topology: Topology) -> list[str]:
     names = list(manifest["files"])
-    problems = manifests.check_checksums(path, manifest, names[topology.rank :: topology.world_size])
+    own = names[topology.rank :: topology.world_size]
+    problems = agree(lambda: manifests.check_checksums(path, manifest, own))
     return [problem for part in gather(problems) for problem in part]
 
 

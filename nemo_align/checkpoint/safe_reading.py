@@ -8,7 +8,9 @@ the rest through torch's `weights_only=True`.
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +20,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 from nemo_align.checkpoint.manifest import leaves_folder
 
 METADATA_FILE = ".metadata"
+_REMEMBER = ("PUT", "BINPUT", "LONG_BINPUT")  # opcodes with the index of an object to remember
 
 # Every global that `.metadata` may name: plain containers, enums and dtypes. None of them does anything when called.
 _METADATA_CLASSES = {
@@ -66,21 +69,64 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = Path(folder) / METADATA_FILE
     try:
-        with open(path, "rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(
             f"{folder} has no {METADATA_FILE}: it is not a torch_dist checkpoint, or its save was cut off"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_metadata(content, path)
+
+
+def parse_metadata(content: bytes, path: Path) -> Metadata:
+    """The content of a `.metadata` file; `path` is named in errors.
+
+    Raises:
+        ValueError: damaged, naming anything but metadata classes, or pointing outside the folder.
+    """
+    try:
+        refuse_memory_bomb(content)
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        _check(metadata)
     except Exception as error:  # a damaged or malicious pickle can raise anything
         raise ValueError(f"{path} is refused: {error}") from None
+    return metadata
+
+
+def refuse_memory_bomb(content: bytes) -> None:
+    """Refuse a pickle of a few bytes that would take tens of gigabytes: the unpickler's table of what to remember grows
+    to any index that is named. A pickle has fewer entries than bytes.
+
+    Raises:
+        ValueError: an index beyond that, or no pickle.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in _REMEMBER and argument > len(content):
+            raise ValueError(f"it would remember {argument:,} things in {len(content):,} bytes")
+
+
+def _check(metadata: object) -> None:
+    """Raise where unpickled metadata are none, are put together from other types, or point outside their folder."""
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"{path} is refused: it holds {type(metadata).__name__}, not checkpoint metadata")
+        raise ValueError(f"it holds {type(metadata).__name__}, not checkpoint metadata")
+    for key, entry in metadata.state_dict_metadata.items():
+        boxes = [] if isinstance(entry, BytesStorageMetadata) else [entry.size]
+        if boxes:
+            boxes += [part for chunk in entry.chunks for part in (chunk.offsets, chunk.sizes)]
+        tensor_or_bytes = not boxes or isinstance(entry.properties.dtype, torch.dtype)
+        if not isinstance(key, str) or not tensor_or_bytes or not all(map(_is_sizes, boxes)):
+            raise ValueError(f"the description of {key!r} makes no sense")
     for index, info in (metadata.storage_data or {}).items():
         name = info.relative_path
         if not isinstance(name, str) or leaves_folder(name):
-            raise ValueError(f"{path} is refused: the data of {index.fqn} lies outside the folder ({name!r})")
-    return metadata
+            raise ValueError(f"the data of {index.fqn} lies outside the folder ({name!r})")
+        if index.offset is not None and not _is_sizes((*index.offset, info.offset, info.length)):
+            raise ValueError(f"the place of {index.fqn} makes no sense")
+
+
+def _is_sizes(values: object) -> bool:
+    return isinstance(values, tuple) and all(type(value) is int and value >= 0 for value in values)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import sharded_state, store
+from nemo_align.checkpoint.keys import RNG_KEY
 from nemo_align.checkpoint.snapshot import Cancelled, SavePlanner, Snapshot, Written, write_metadata
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import RewardConfig
@@ -76,6 +77,15 @@ class _Pending:
     began: float
     work: _Work
     publishing: bool = False
+    files_published: int = 0  # or deleted, by `_publish` so far
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Another value whenever this rank's part has come further."""
+        return self.snapshot.written_bytes, self.files_published
+
+    def count_file(self) -> None:
+        self.files_published += 1
 
 
 class Saver:
@@ -142,7 +152,7 @@ class Saver:
             content["optimizer"] = sharded_state.optimizer_state(optimizer, content, sharding, is_loading=False)
         if scheduler is not None:
             content["scheduler"] = scheduler.state_dict()
-        content[sharded_state.RNG_KEY] = sharded_state.rng_object(seeds.rng_state(), topology)
+        content[RNG_KEY] = sharded_state.rng_object(seeds.rng_state(), topology)
         snapshot = self._planner.plan(content, sharded_state.format_metadata(sharding), sharding, topology)
         num_bytes = _sum(snapshot.num_bytes, topology)
         folder = Path(on_main(topology, lambda: str(store.begin(self._run_dir, step, num_bytes))))
@@ -192,13 +202,14 @@ class Saver:
 
     def wait(self) -> SaveReport | None:
         """Finish the save in flight; None if there is none."""
-        report, seen = None, -1
+        report, seen = None, None
         while self._pending is not None:
             pending = self._pending
             began = time.perf_counter()
             pending.work.join(_POLL_SECONDS)
-            worst, moved = highest(self._topology, [self.status, int(pending.snapshot.written_bytes != seen)])
-            seen = pending.snapshot.written_bytes
+            now = pending.moved
+            worst, moved = highest(self._topology, [self.status, int(now != seen)])
+            seen = now
             if moved or worst != Status.BUSY:
                 watchdog.beat(f"writing the checkpoint of step {pending.step}")
             pending.blocked_seconds += time.perf_counter() - began
@@ -214,14 +225,17 @@ class Saver:
 
     def _publish(self, pending: _Pending, parts: list[Written]) -> None:
         """On rank 0, in a thread."""
+        moved = pending.count_file
         files = write_metadata(pending.folder, parts)
+        moved()
         names = [name for name in manifests.list_files(pending.folder) if name not in files]
         files |= manifests.describe_files(pending.folder, names)
         manifests.write_manifest(pending.folder, {**pending.described, "files": dict(sorted(files.items()))})
-        path = store.publish(pending.folder, store.checkpoint_path(self._run_dir, pending.step))
+        moved()
+        path = store.publish(pending.folder, store.checkpoint_path(self._run_dir, pending.step), moved=moved)
         if self._keep_last is not None:
             try:
-                store.apply_retention(self._run_dir, self._keep_last, published=path)
+                store.apply_retention(self._run_dir, self._keep_last, published=path, moved=moved)
             except OSError as error:
                 logger.warning("old checkpoints could not be deleted: %s", error)
 

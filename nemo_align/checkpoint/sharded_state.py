@@ -18,14 +18,11 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from nemo_align.checkpoint.keys import EXTRA_STATE, RNG_KEY, is_model_key
 from nemo_align.runtime import device
 from nemo_align.runtime.agreement import gather
 from nemo_align.runtime.topology import Topology
 
-OPTIMIZER_PREFIX = "optimizer."
-RNG_KEY = "rng_state"
-HEAD_PREFIX = "reward_head."
-EXTRA_STATE = "_extra_state"  # Transformer Engine's FP8 history; ours only on a GPU with delayed scaling
 _GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # what makes groups different
 NUM_LISTED = 6  # keys named in an error
 
@@ -191,12 +188,6 @@ def requested_shapes(state: dict) -> dict[str, tuple | None]:
 def everyones(shapes: dict[str, tuple | None]) -> dict[str, tuple | None]:
     """The union of all ranks' requests."""
     return {key: value for part in gather(shapes) for key, value in part.items()}
-
-
-def is_model_key(key: str) -> bool:
-    """Whether a key of the file belongs to the model."""
-    others = (OPTIMIZER_PREFIX, f"{RNG_KEY}/", "common_state/", "chained_")
-    return not key.startswith(others) and EXTRA_STATE not in key
 
 
 def compare(

@@ -40,9 +40,10 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _Storag
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
+from nemo_align.checkpoint import checksums
 from nemo_align.checkpoint.manifest import write_durably
 from nemo_align.checkpoint.safe_reading import METADATA_FILE
-from nemo_align.checkpoint.storage import COMMON_FILE, CONFIG, CONFIG_FILE
+from nemo_align.checkpoint.streaming.torch_dist import COMMON_FILE, CONFIG, CONFIG_FILE
 from nemo_align.runtime.agreement import highest
 from nemo_align.runtime.topology import Topology
 
@@ -96,6 +97,7 @@ class Snapshot:
                     item, data = self.items.popleft()
                     start = file.num_bytes
                     _write_item(data, file)
+                    file.end_part()
                     places[item.index] = _StorageInfo(name, start, file.num_bytes - start)
                     self.written_bytes = file.num_bytes
                 files[name] = file.entry()
@@ -157,15 +159,19 @@ def write_metadata(folder: Path, parts: list[Written]) -> dict[str, dict]:
 def write_checked(path: Path, content: bytes) -> dict:
     """Write a file durably; returns its entry in the manifest."""
     write_durably(path, content)
-    return {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=32).hexdigest()}
+    return checksums.entry(len(content), checksums.digest_of([content]))
 
 
 class _CheckedFile:
-    """A file that is only appended to, with its checksum; forced to disk when it is closed without an error."""
+    """A file that is only appended to, with a checksum of each part; forced to disk when it is closed without an error.
+
+    A part is a tensor: whoever reads some tensors of a checkpoint alone can check those.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._digest = hashlib.blake2b(digest_size=32)
+        self._digest = checksums.new_hash()
+        self._parts: list[list] = []
         self._error: OSError | None = None
         self.num_bytes = 0
 
@@ -186,8 +192,15 @@ class _CheckedFile:
     def flush(self) -> None:
         """torch.save calls it after each tensor; the file is flushed once, at its end."""
 
+    def end_part(self) -> None:
+        """What is written next belongs to another part."""
+        if self.num_bytes > (self._parts[-1][0] if self._parts else 0):
+            self._parts.append([self.num_bytes, self._digest.hexdigest()])
+            self._digest = checksums.new_hash()
+
     def entry(self) -> dict:
-        return {"bytes": self.num_bytes, "blake2b": self._digest.hexdigest()}
+        self.end_part()
+        return checksums.entry(self.num_bytes, self._parts or self._digest.hexdigest())
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:

@@ -12,9 +12,12 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_align.checkpoint.checksums import Unreadable
 from nemo_align.checkpoint.manifest import (
     MANIFEST_FILE,
     check_checksums,
@@ -31,6 +34,10 @@ _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 16, 1 << 26
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 
 logger = logging.getLogger("nemo_align")
+
+
+def _nobody_asks() -> None:
+    """Who wants no word of progress."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,15 @@ def candidates(run_dir: Path | str) -> list[Path]:
 
 
 def find_problems(path: Path, *, checksums: bool) -> list[str]:
-    """What is wrong with the checkpoint in `path`; empty when it is whole."""
+    """What is wrong with the checkpoint in `path`; empty when it is whole.
+
+    Raises:
+        Unreadable: the disk does not give its content, which says nothing about it.
+    """
     try:
         manifest = read_manifest(path)
+    except Unreadable:
+        raise
     except ValueError as error:
         return [str(error)]
     return check_sizes(path, manifest) or (
@@ -147,25 +160,30 @@ def cause(error: BaseException, folder: Path) -> str:
     return f"{folder}: {type(error).__name__}: {first}"
 
 
-def publish(temporary: Path, target: Path) -> Path:
+def publish(temporary: Path, target: Path, *, moved: Callable[[], None] = _nobody_asks) -> Path:
     """Make the finished folder `temporary` the checkpoint `target`, atomically and durably.
 
     A checkpoint of that step that exists already (a damaged one, or a periodic save where the stage now ends) steps
     aside first, under a name by which `newest_complete` still finds it should we die between the two renames.
+
+    `moved` is called after each file: a slow disk may take longer for all of them than a watch over the run allows.
     """
-    for path in sorted(temporary.rglob("*")):
+    for path in (*sorted(temporary.rglob("*")), temporary):
         flush_file(path)
-    flush_file(temporary)
+        moved()
     aside = target.with_name(target.name + REPLACED)
     if target.exists():
         os.rename(target, aside)
     os.rename(temporary, target)
     flush_file(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    moved()
+    _delete(aside, moved)
     return target
 
 
-def apply_retention(run_dir: Path | str, keep_last: int, *, published: Path | None = None) -> list[Path]:
+def apply_retention(
+    run_dir: Path | str, keep_last: int, *, published: Path | None = None, moved: Callable[[], None] = _nobody_asks
+) -> list[Path]:
     """Delete old periodic checkpoints; returns the deleted.
 
     Kept: every final one, the newest `keep_last` whole periodic ones, and always the newest whole one. A damaged one
@@ -175,6 +193,7 @@ def apply_retention(run_dir: Path | str, keep_last: int, *, published: Path | No
         published: the checkpoint that was just written, and so is known to be whole. A run resumes from the newest
             checkpoint whose checksums hold, so what is newer than `published` was found damaged then: sizes alone,
             which are compared here, might not tell. It counts for nothing and is deleted.
+        moved: called after each file that is deleted.
     """
     kept, doomed, periodic = [], [], 0
     if published is not None:
@@ -197,7 +216,7 @@ def apply_retention(run_dir: Path | str, keep_last: int, *, published: Path | No
                 continue
         kept.append(path)
     for path in doomed:
-        _remove(path)
+        _remove(path, moved)
     return doomed
 
 
@@ -286,11 +305,21 @@ def _check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, moved: Callable[[], None] = _nobody_asks) -> None:
     """Delete a checkpoint so that one half deleted is never taken for a whole one: renamed first."""
     doomed = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")
     os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed, moved)
+
+
+def _delete(folder: Path, moved: Callable[[], None]) -> None:
+    """Delete a folder as far as the disk lets us."""
+    with suppress(OSError):
+        for path in sorted(folder.rglob("*")):
+            if not path.is_dir():
+                path.unlink()
+                moved()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _nearest(path: Path) -> str:

@@ -8,17 +8,17 @@ manager: `snapshot` writes the same files without.
 from __future__ import annotations
 
 import io
-import os
-import pickle
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_align.checkpoint.safe_reading import read_metadata, restricted_reading
-from nemo_align.checkpoint.storage import COMMON_FILE
+from nemo_align.checkpoint.streaming.torch_dist import COMMON_FILE
+from nemo_align.config.errors import raised_by_this_package
 
 COMMON_KEY = "common_state"  # 0.19's entry for what is not a tensor
 
@@ -44,8 +44,21 @@ def load_sharded(state: dict, folder: Path) -> dict:
     try:
         with restricted_reading():
             return dist_checkpointing.load(state, str(folder), **_LOAD_OPTIONS)
-    except (CheckpointException, pickle.UnpicklingError) as error:
+    except (CheckpointException, Exception) as error:  # damaged or malicious bytes can raise anything
+        if not _is_of_the_files(error):
+            raise
         raise ValueError(f"checkpoint {folder} is refused: {_reason(error)}") from error
+
+
+def _is_of_the_files(error: BaseException) -> bool:
+    """Not what is in words for the user already, a device without memory, or the loss of another rank."""
+    if isinstance(error, ValueError) and raised_by_this_package(error):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    in_a_collective = trace is not None and trace.tb_frame.f_globals.get("__name__") == c10d.__name__
+    return not in_a_collective and not isinstance(error, torch.OutOfMemoryError)
 
 
 def _reason(error: BaseException) -> str:
@@ -59,7 +72,11 @@ def _reason(error: BaseException) -> str:
 
 
 def read_common(folder: Path) -> dict:
-    """What a checkpoint holds besides tensors and per-rank objects, whichever megatron-core wrote it."""
+    """What a checkpoint holds besides tensors and per-rank objects, whichever megatron-core wrote it.
+
+    Raises:
+        ValueError: it is not there, cannot be read, or names what no checkpoint needs.
+    """
     if (path := folder / COMMON_FILE).exists():
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -70,6 +87,11 @@ def read_common(folder: Path) -> dict:
     entries = [info for index, info in metadata.storage_data.items() if index.fqn == key]
     if not entries:
         raise ValueError(f"{folder} has neither {COMMON_FILE} nor the entry {key}: the checkpoint is damaged")
-    with open(os.path.join(folder, entries[0].relative_path), "rb") as stream:
-        stream.seek(entries[0].offset)
-        return torch.load(io.BytesIO(stream.read(entries[0].length)), map_location="cpu", weights_only=True)[0]
+    path = folder / entries[0].relative_path
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(entries[0].offset)
+            content = io.BytesIO(stream.read(entries[0].length))
+        return torch.load(content, map_location="cpu", weights_only=True)[0]
+    except Exception as error:
+        raise ValueError(f"{path} is refused at {key}: {_reason(error)}") from None

@@ -1,10 +1,8 @@
-"""Schema of the `checkpoint` group and of the `convert` verb."""
+"""Schema of the `checkpoint` group."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from omegaconf import MISSING
 
 
 @dataclass(kw_only=True)
@@ -24,15 +22,3 @@ class CheckpointConfig(InitialWeightsConfig):
     fully_reshardable: bool = False  # periodic saves too load under any layout; they take longer to write
     keep_last: int = 2  # periodic checkpoints to keep; the final one always stays
     export_hf: bool = False  # write <run_dir>/hf at the end
-
-
-@dataclass(kw_only=True)
-class ConvertConfig:
-    """`nemo-align convert from=... to=... source=... target=...`."""
-
-    source_format: str = MISSING  # written `from=` on the command line: hf | megatron
-    target_format: str = MISSING  # written `to=` on the command line: hf | megatron
-    source: str = MISSING  # checkpoint to read
-    target: str = MISSING  # folder to write
-    dtype: str | None = None  # fp32 | bf16; null: as the source
-    run_dir: str = "runs/convert"  # where the log goes

@@ -17,9 +17,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.select.ties": ("auto", "drop", "keep"),
     "preference.preference_loss": ("dpo", "ipo", *NEEDS_REWARDS),
     "cluster.kind": ("local", "slurm"),
-    "source_format": ("hf", "megatron"),
-    "target_format": ("hf", "megatron"),
+    "source_format": ("hf", "megatron", "nemo"),
+    "target_format": ("hf", "megatron", "nemo"),
     "dtype": ("fp32", "bf16"),
+    "checksum": ("blake3", "sha256"),
+    "verify": ("none", "tensors", "logits"),
+    "unused_attributes": ("drop", "keep"),
+    "method": ("linear", "slerp"),
 }
 
 # Names of the row formats that each verb reads, as nemo_align/data/row_formats has them (a test compares). `score`

@@ -14,7 +14,9 @@ VERB_LINES = {
     "preference": "DPO, IPO and reward-aware RPO on pairs of responses",
     "score": "write a reward model's rewards into files of rows",
     "pipeline": "the whole chain, each stage starting from the checkpoint of an earlier one",
-    "convert": "checkpoints from and to Hugging Face",
+    "convert": "checkpoints from and to Hugging Face, and from the published .nemo, in bounded memory",
+    "merge": "average checkpoints of one architecture: weighted sums or spherical interpolation",
+    "inspect": "what a checkpoint is: format, architecture, parameters, stage, integrity",
 }
 _EXAMPLES = {
     "pretrain": (
@@ -46,7 +48,19 @@ _EXAMPLES = {
     ),
     "convert": (
         "nemo-align convert from=megatron to=hf source=runs/rpo_3 target=exported/rpo_3",
-        "nemo-align convert from=hf to=megatron source=models/minitron-4b target=runs/minitron",
+        "nemo-align convert from=hf to=megatron source=models/minitron-4b target=models/megatron verify=tensors",
+        "nemo-align convert from=nemo to=megatron source=Nemotron-4-340B-Base target=models/nemotron4_340b",
+        "nemo-align convert from=hf to=megatron plan=true architecture=nemotron4_340b",
+    ),
+    "merge": (
+        "nemo-align merge sources=[runs/rpo_2,runs/rpo_3] target=runs/averaged",
+        "nemo-align merge sources=[a,b,c] weights=[2,1,1] to=hf target=exported/averaged",
+        "nemo-align merge sources=[a,b] method=slerp t=0.3 target=runs/between",
+    ),
+    "inspect": (
+        "nemo-align inspect runs/rpo_3",
+        "nemo-align inspect Nemotron-4-340B-Reward tensors=true",
+        "nemo-align inspect exported/rpo_3 checksums=true",
     ),
 }
 _OPTIONS = (

@@ -15,7 +15,7 @@ from nemo_align.config import schema, sources, suggest
 from nemo_align.config.errors import ConfigError
 
 # Words that Python reserves, so that no dataclass field can have them.
-ALIASES = {"convert": {"from": "source_format", "to": "target_format"}}
+ALIASES = {"convert": {"from": "source_format", "to": "target_format"}, "merge": {"to": "target_format"}}
 _FORM = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]*)?(?:=(?P<value>.*))?", re.DOTALL)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_align.config.checkpoint import ConvertConfig
+from nemo_align.config.conversion import ConvertConfig, InspectConfig, MergeConfig
 from nemo_align.config.pipeline import PipelineConfig
 from nemo_align.config.stages import (
     PreferenceStageConfig,
@@ -37,6 +37,8 @@ VERBS: dict[str, type] = {
     "score": ScoreStageConfig,
     "pipeline": PipelineConfig,
     "convert": ConvertConfig,
+    "merge": MergeConfig,
+    "inspect": InspectConfig,
 }
 FREE_NAME = "<name>"  # stands for the user's name in a table
 MISSING = "???"  # omegaconf's mark, as the dataclasses use it

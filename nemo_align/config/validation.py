@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_align.config import schema, suggest
-from nemo_align.config.checkpoint import ConvertConfig
 from nemo_align.config.choices import CHOICES, HELPSTEER2_WEIGHTS
+from nemo_align.config.conversion import ConvertConfig, MergeConfig
 from nemo_align.config.errors import ConfigError
 from nemo_align.config.initial_model import InitialCheckpoint
 from nemo_align.config.objectives import RewardConfig
@@ -25,6 +25,7 @@ from nemo_align.config.stages import (
     TrainStageConfig,
     WorkerConfig,
 )
+from nemo_align.config.validation_conversion import check_convert, check_merge
 from nemo_align.config.validation_data import check_data, check_length
 from nemo_align.config.validation_model import check_layout, check_model, check_precision
 from nemo_align.config.validation_pipeline import check_pipeline
@@ -70,7 +71,9 @@ def validate(
     elif isinstance(config, PipelineConfig):
         problems += check_pipeline(config)
     elif isinstance(config, ConvertConfig):
-        problems += _check_convert(config, check_files)
+        problems += check_convert(config, check_files)
+    elif isinstance(config, MergeConfig):
+        problems += check_merge(config, check_files)
     if problems:
         raise ConfigError.of(problems)
 
@@ -143,13 +146,6 @@ def _check_worker(
         yield from _check_preference(config)
     if isinstance(config, ScoreStageConfig) and initial is not None:
         yield from _check_score_weights(config, initial)
-
-
-def _check_convert(config: ConvertConfig, check_files: bool) -> Iterator[str]:
-    if config.source_format == config.target_format:
-        yield f"from and to are both {config.source_format}: nothing to convert"
-    if check_files and not Path(config.source).exists():
-        yield f"source={config.source} does not exist"
 
 
 def _check_names(config: Any) -> Iterator[str]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nemo_align.checkpoint.store import checkpoint_path
+from nemo_align.runtime import watchdog
 from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.loop import Trainer
 from nemo_align.training.result import RESULT_FILE, read_result, write_result
@@ -57,9 +58,9 @@ def _export(run_dir: Path, step: int) -> None:
     assert result is not None, "written when the training ended"
     if result.hf is not None:
         return
-    from nemo_align.checkpoint.huggingface import export_hf  # transformers costs seconds to import
+    from nemo_align.checkpoint.conversion.convert import export_hf  # not needed by most runs
 
     # An earlier process may have died between the export and the next line.
     # Its files were hashed when it was saved.
-    export_hf(checkpoint_path(run_dir, step), run_dir / HF_FOLDER, overwrite=True, verify=False)
+    export_hf(checkpoint_path(run_dir, step), run_dir / HF_FOLDER, overwrite=True, verify=False, beat=watchdog.beat)
     write_result(run_dir, replace(result, hf=HF_FOLDER))

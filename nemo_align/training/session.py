@@ -85,7 +85,7 @@ def open_session(
     if initial is None:
         logger.info("random initial weights, seed %d", config.runtime.seed)
     elif initial.kind == "hf":
-        from nemo_align.checkpoint.huggingface import load_hf_weights  # transformers costs seconds to import
+        from nemo_align.checkpoint.huggingface.load import load_hf_weights
 
         load_hf_weights(initial.path, chunks, topology, load_head=load_head)
     else:

@@ -152,7 +152,7 @@ def resume_and_save(topology, path: str, run_dir: str, tokenizer: str, first: in
 
 def weights_of(path: str | Path, *, optimizer: bool = False) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint's model (and optimizer, from a final save) without vocabulary padding."""
-    from nemo_align.checkpoint.storage import TensorReader
+    from nemo_align.checkpoint.streaming.torch_dist import TensorReader
 
     reader = TensorReader(Path(path))
     names = [name for name in reader.names() if optimizer or not name.startswith("optimizer.")]

@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_align.checkpoint.huggingface import convert, export_hf
-from nemo_align.checkpoint.huggingface.safetensors_files import SafetensorsFolder
-from nemo_align.config.checkpoint import ConvertConfig
+from nemo_align.checkpoint.conversion.convert import convert, export_hf
+from nemo_align.checkpoint.streaming.safetensors import SafetensorsFolder
+from nemo_align.config.conversion import ConvertConfig
 from tests.distributed import checkpoint_runs as runs
 from tests.distributed.pool import WorkerPool, with_topology
 
 ONE, TENSOR, PIPELINE = {}, {"tensor": 2, "sequence": True}, {"pipeline": 2, "virtual_pipeline": 2}
+BOTH = {"tensor": 2, "pipeline": 2}
 
 # What differs between published models: head size, groups, vocabulary, number format, rotary part and base.
 VARIANTS = {
     "tiny": {},
     "multi_head_bf16": {"num_query_groups": 4, "head_dim": None, "dtype": torch.bfloat16, "vocab_size": 512},
     "rotary": {"rotary_percent": 0.25, "rotary_base": 500000, "head_dim": 16, "layernorm_epsilon": 1e-6},
+    "one_file_bf16": {"head_dim": 20, "num_attention_heads": 6, "dtype": torch.bfloat16, "shard": "1GB"},
+    "many_heads": {"num_attention_heads": 8, "num_query_groups": 2, "head_dim": 4, "vocab_size": 443, "shard": "20KB"},
 }
 
 
@@ -64,14 +67,15 @@ def hf_model(variant: dict, tokenizer: str, tmp_path_factory: pytest.TempPathFac
         if "norm" in name:
             torch.nn.init.normal_(parameter, std=0.2)  # transformers leaves biases at zero: nothing would be tested
     folder = tmp_path_factory.mktemp("hf") / "model"
-    model.to(variant.get("dtype", torch.float32)).save_pretrained(folder, max_shard_size="50KB")
-    assert len(list(folder.glob("*.safetensors"))) > 1
+    shard = variant.get("shard", "50KB")
+    model.to(variant.get("dtype", torch.float32)).save_pretrained(folder, max_shard_size=shard)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard != "1GB")
     shutil.copy(Path(tokenizer) / "tokenizer.model", folder)
     return folder
 
 
 def sizes_of(variant: dict) -> dict:
-    return {key: value for key, value in variant.items() if key != "dtype"}
+    return {key: value for key, value in variant.items() if key not in ("dtype", "shard")}
 
 
 def dtype_of(variant: dict) -> str:
@@ -84,7 +88,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_hf_and_save(topology, folder: str, run_dir: str, tokenizer: str, **options) -> str:
-    from nemo_align.checkpoint.huggingface import load_hf_weights
+    from nemo_align.checkpoint.huggingface.load import load_hf_weights
 
     run = runs.build(topology, **options)
     load_hf_weights(folder, run.chunks, topology)
@@ -110,16 +114,27 @@ def test_there_and_back_through_a_model(
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
 
 
-@pytest.mark.parametrize("layout", [TENSOR, PIPELINE], ids=str)
+@pytest.mark.parametrize("layout", [BOTH, PIPELINE], ids=str)
 def test_there_and_back_by_convert(
-    layout: dict, variant: dict, hf_model: Path, pool2: WorkerPool, tokenizer: str, tmp_path: Path
+    layout: dict,
+    variant: dict,
+    hf_model: Path,
+    pool2: WorkerPool,
+    pool4: WorkerPool,
+    tokenizer: str,
+    tmp_path: Path,
 ) -> None:
     there = ConvertConfig(
-        source_format="hf", target_format="megatron", source=str(hf_model), target=str(tmp_path / "megatron")
+        source_format="hf",
+        target_format="megatron",
+        source=str(hf_model),
+        target=str(tmp_path / "megatron"),
+        verify="tensors",
     )
     converted = convert(there)
     options = {"dtype": dtype_of(variant), "seed": 3, **sizes_of(variant)}
-    path = pool2.run(with_topology, load_and_save, layout, str(converted), str(tmp_path), tokenizer, **options)[0]
+    pool = pool4 if layout == BOTH else pool2
+    path = pool.run(with_topology, load_and_save, layout, str(converted), str(tmp_path), tokenizer, **options)[0]
     for source in (converted, path):
         back = ConvertConfig(
             source_format="megatron",
@@ -207,7 +222,7 @@ def test_reward_scores_equal_in_transformers(reward: str, pool2: WorkerPool, tmp
 
 
 def load_reward(topology, folder: str, run_dir: str, tokenizer: str, load_head: bool) -> str:
-    from nemo_align.checkpoint.huggingface import load_hf_weights
+    from nemo_align.checkpoint.huggingface.load import load_hf_weights
 
     run = runs.build(topology, reward=True)
     load_hf_weights(folder, run.chunks, topology, load_head=load_head)
@@ -239,7 +254,7 @@ def test_norm_and_head_of_a_bf16_reward_model_are_fp32(pool2: WorkerPool, tokeni
 
 
 def refused(topology, folder: str, *, load_head: bool = False, **options) -> str:
-    from nemo_align.checkpoint.huggingface import load_hf_weights
+    from nemo_align.checkpoint.huggingface.load import load_hf_weights
 
     run = runs.build(topology, **options)
     with pytest.raises(ValueError) as caught:

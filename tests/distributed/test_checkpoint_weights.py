@@ -185,13 +185,16 @@ def poisoned(topology, path: str, optimizer: bool) -> str:
 
 
 def rewrite(folder: Path, name: str, content: bytes) -> None:
-    """Change a file and the size that the manifest says, as an attacker would."""
+    """Change a file and what the manifest says of it, as an attacker would."""
     import json
+
+    from nemo_align.checkpoint import checksums
+    from nemo_align.checkpoint.manifest import write_manifest
 
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": len(content), "blake2b": ""}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest["files"][name] = checksums.entry_of_file(folder / name)
+    write_manifest(folder, manifest)
 
 
 @pytest.mark.parametrize("place", [".metadata", "common.pt", "byte entry"])

@@ -59,7 +59,7 @@ def test_bf16_is_near_the_oracle(case: Case, request, pools, models, stage_input
 )  # reward: buffers of two number formats
 def test_a_resumed_run_is_exact(verb, layout, pool1, pool2, stage_inputs, policy, tmp_path):
     """Four steps at once and two and two: the same records, weights, fp32 copies and moments."""
-    from nemo_align.checkpoint.storage import TensorReader
+    from nemo_align.checkpoint.streaming.torch_dist import TensorReader
 
     parallel = LAYOUTS[layout]
     pool = pool2 if parallel else pool1

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nemo_align.checkpoint.storage import TensorReader
+from nemo_align.checkpoint.streaming.torch_dist import TensorReader
 from tests.oracle.model import Architecture, Weights
 
 _LAYER = {

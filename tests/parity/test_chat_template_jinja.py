@@ -20,8 +20,7 @@ import jinja2
 import pytest
 import sentencepiece
 
-from nemo_align.checkpoint.huggingface.convert import import_hf
-from nemo_align.checkpoint.huggingface.export import export_hf
+from nemo_align.checkpoint.conversion.convert import export_hf, import_hf
 from nemo_align.checkpoint.huggingface.tokenizer_files import write_tokenizer
 from nemo_align.checkpoint.huggingface.whole_text import joins_across_turns
 from nemo_align.data.chat import Message

@@ -18,10 +18,11 @@ def tensors_of(run_dir: Path, prefix: str = WEIGHTS) -> dict[str, Tensor]:
     The moments come from the same keys as the weights, so they are cut and named by the same map. Vocabulary padding is
     left out, after a look at it: the loss must not reach those rows.
     """
-    from nemo_align.checkpoint.huggingface.export import to_hf
+    from nemo_align.checkpoint.conversion.to_huggingface import to_hf
     from nemo_align.checkpoint.huggingface.weight_map import weight_map
-    from nemo_align.checkpoint.storage import TensorReader
     from nemo_align.checkpoint.store import resolve
+    from nemo_align.checkpoint.streaming.tensors import HeldTensor, read
+    from nemo_align.checkpoint.streaming.torch_dist import TensorReader
     from nemo_align.config.model import ModelConfig
 
     reference = resolve(run_dir)
@@ -33,7 +34,8 @@ def tensors_of(run_dir: Path, prefix: str = WEIGHTS) -> dict[str, Tensor]:
         tensor = reader.read(prefix + weight.megatron)
         if prefix and weight.has_vocabulary_rows:
             assert not tensor[model.vocab_size :].any(), f"{prefix}{weight.megatron}: padding rows have a gradient"
-        found |= zip(weight.hf, to_hf(weight, tensor, model), strict=True)
+        parts = to_hf(weight, HeldTensor(tensor[: weight.megatron_shape[0]]), model)
+        found |= zip(weight.hf, map(read, parts), strict=True)
     for ours, theirs in _HEAD.items():
         if prefix + ours in reader:
             found[theirs] = reader.read(prefix + ours)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint import store
-from nemo_align.checkpoint.huggingface.safetensors_files import SafetensorsFolder
+from nemo_align.checkpoint.streaming.safetensors import SafetensorsFolder
 from nemo_align.config import initial_model
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.pipeline.manifest import Manifest, StageRecord
@@ -32,7 +32,7 @@ def described(**changes: object) -> dict:
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_manifest_names_nothing_outside(name: str, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    for changes in ({"files": {name: {"bytes": 1, "blake2b": ""}}}, {"tokenizer": name}):
+    for changes in ({"files": {name: {"bytes": 1, "blake3": "0" * 64}}}, {"tokenizer": name}):
         path.write_text(json.dumps(described(**changes)))
         with pytest.raises(ValueError, match=re.escape(f"{path}: file name {name!r} leaves the checkpoint's folder")):
             manifests.read_manifest(tmp_path)
@@ -50,7 +50,20 @@ def test_the_tokenizer_of_a_checkpoint_lies_in_it(name: object, tmp_path: Path) 
         initial_model.read(tmp_path)
 
 
-@pytest.mark.parametrize("files", [[], "x", 3, {"a": 1}, {"a": {"bytes": "1", "blake2b": ""}}])
+HEX = "0" * 64
+ENTRIES = [
+    {"bytes": "1", "blake3": HEX},
+    {"bytes": 1, "blake3": HEX[1:]},
+    {"bytes": 1, "md5": HEX},
+    {"bytes": 1, "blake3": HEX, "sha256": HEX},
+    {"bytes": 2, "blake3": [[1, HEX]]},
+    {"bytes": 2, "blake3": [[2, HEX], [2, HEX]]},
+    {"bytes": 2, "blake3": [[-1, HEX], [2, HEX]]},
+    {"bytes": True, "blake3": HEX},
+]
+
+
+@pytest.mark.parametrize("files", [[], "x", 3, {"a": 1}, *({"a": entry} for entry in ENTRIES)])
 def test_a_manifest_of_another_shape(files: object, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(described(files=files)))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "manifest.json"))):

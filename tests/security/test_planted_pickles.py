@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from nemo_align.checkpoint import store
-from nemo_align.checkpoint.huggingface import convert
+from nemo_align.checkpoint.conversion.convert import convert
 from nemo_align.checkpoint.safe_reading import read_metadata
-from nemo_align.checkpoint.storage import TensorReader, TensorWriter
+from nemo_align.checkpoint.streaming.torch_dist import TensorReader
 from nemo_align.checkpoint.torch_dist import read_common
-from nemo_align.config.checkpoint import ConvertConfig
 from nemo_align.config.compose import ConfigError, compose
+from nemo_align.config.conversion import ConvertConfig
 from nemo_align.config.data import BlendSourceConfig, RowsConfig
 from nemo_align.data import pretraining
 from nemo_align.data.rows import read_rows
@@ -28,6 +28,7 @@ from nemo_align.data.step_plan import StepLayout
 from nemo_align.data.tokenized_rows import TokenizedRows, open_or_build
 from nemo_align.data.tokenizer import load_tokenizer
 from nemo_align.training.example_cache import ExampleCache
+from tests.checkpoint_files import write_torch_dist
 from tests.security import planted
 from tests.stage_inputs import MODEL, StageInputs, stage_overrides
 
@@ -101,9 +102,7 @@ def test_an_unpacked_nemo_folder_is_refused(canary: Path, tmp_path: Path) -> Non
 def test_a_distributed_checkpoint_read_for_conversion(kind: str, canary: Path, tmp_path: Path) -> None:
     """Loading into a run is tested with process groups, in test_checkpoint_weights."""
     content = planted.PICKLES[kind](canary)
-    writer = TensorWriter(tmp_path)
-    writer.write("weight", torch.ones(4))
-    writer.finish()
+    write_torch_dist(tmp_path, {"weight": torch.ones(4)})
     metadata = read_metadata(tmp_path)
     (place,) = metadata.storage_data.values()
     place.offset, place.length = 0, len(content)

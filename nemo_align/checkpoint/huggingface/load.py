@@ -6,26 +6,13 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_align.checkpoint.architecture import architecture_problems
-from nemo_align.checkpoint.huggingface import qkv, reward_head
-from nemo_align.checkpoint.huggingface.safetensors_files import SafetensorsFolder
-from nemo_align.checkpoint.huggingface.weight_map import (
-    FINAL_NORM_BIAS,
-    HEAD_BIAS,
-    HEAD_WEIGHT,
-    OUTPUT,
-    QKV,
-    SCORE,
-    Weight,
-    weight_map,
-)
-from nemo_align.config.hf_model import hf_model_config, hf_reward_config
-from nemo_align.config.model import ModelConfig
-from nemo_align.model.counts import head_dim
+from nemo_align.checkpoint.huggingface.folder import HuggingFaceWeights
+from nemo_align.checkpoint.huggingface.weight_map import HEAD_BIAS, HEAD_WEIGHT, OUTPUT, Weight
+from nemo_align.checkpoint.streaming.tensors import StoredTensor, read
+from nemo_align.config.hf_model import hf_model_config
 from nemo_align.runtime import watchdog
 from nemo_align.runtime.topology import Topology
 
@@ -69,7 +56,7 @@ def load_hf_weights(
             watchdog.beat(f"reading {shard.key} of {folder}")
             if shard.key in (HEAD_WEIGHT, HEAD_BIAS):
                 if load_head:
-                    _copy(source.head(shard.key), shard, folder)
+                    _copy(read(source.head(shard.key)), shard, folder)
                 continue
             _fill_shard(source, shard)
 
@@ -77,91 +64,6 @@ def load_hf_weights(
     if OUTPUT not in keys and not load_head:
         logger.info("the reward head stays as initialised")
     logger.info("weights of %s", folder)
-
-
-class HuggingFaceWeights:
-    """The tensors of a Hugging Face folder under Megatron-core's names, whole or in slices.
-
-    Raises ValueError on tensors that are missing, unexpected or of another shape than config.json says.
-    """
-
-    def __init__(self, folder: Path, model: ModelConfig, *, with_output_layer: bool) -> None:
-        self.folder, self.model = folder, model
-        self.files = SafetensorsFolder(folder)
-        self.has_head = SCORE in self.files.names()
-        if with_output_layer and self.has_head:
-            raise ValueError(f"{folder} is a reward model: it has no output layer to start a policy from")
-        self.weights = {weight.megatron: weight for weight in weight_map(model, has_output_layer=with_output_layer)}
-        self._kept = self._read_kept_head()
-        self._check()
-
-    def read(self, key: str) -> Tensor:
-        """The whole tensor, without vocabulary padding."""
-        weight = self.weights[key]
-        return self.read_slice(key, (0,) * len(weight.megatron_shape), weight.megatron_shape)
-
-    def read_slice(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Part of a tensor. Rows beyond the vocabulary are left out: the result may have fewer than asked for."""
-        weight = self.weights[key]
-        parts = [slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True)]
-        if weight.how == QKV:
-            model = self.model
-            rows = qkv.sources(
-                offset[0],
-                offset[0] + shape[0],
-                num_heads=model.num_attention_heads,
-                num_groups=model.num_query_groups,
-                head_dim=head_dim(model),
-            )
-            pieces = [self.files.read(weight.hf[which], slice(begin, end), parts[1]) for which, begin, end in rows]
-            return torch.cat(pieces)
-        if key == FINAL_NORM_BIAS and reward_head.NORM_BIAS in self._kept:
-            return self._kept[reward_head.NORM_BIAS][tuple(parts)]  # before the head's bias was folded in
-        rows_there = weight.hf_shapes[0][0]
-        parts[0] = slice(min(parts[0].start, rows_there), min(parts[0].stop, rows_there))
-        return self.files.read(weight.hf[0], *parts)
-
-    def head(self, key: str) -> Tensor:
-        """reward_head.weight or reward_head.bias, as trained where we know it."""
-        if key == HEAD_WEIGHT:
-            return self._kept[reward_head.WEIGHT] if self._kept else self.files.read(SCORE)
-        if reward_head.BIAS in self._kept:
-            return self._kept[reward_head.BIAS]
-        return torch.zeros(self.files.shape(SCORE)[0])
-
-    def _read_kept_head(self) -> dict[str, Tensor]:
-        path = self.folder / reward_head.HEAD_FILE
-        if not (self.has_head and path.is_file()):
-            return {}
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-
-    def _check(self) -> None:
-        expected = {
-            name: shape
-            for weight in self.weights.values()
-            for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
-        }
-        stored = self.files.names()
-        reward = hf_reward_config(self.folder)
-        if self.has_head and reward is not None:
-            expected[SCORE] = (len(reward.attributes), self.model.hidden_size)
-        # A reward model that starts from a policy leaves its output layer; older files store the rotary frequencies.
-        ignored = {SCORE, "lm_head.weight"} | {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-        problems = []
-        if missing := sorted(expected.keys() - stored):
-            problems.append(f"missing: {', '.join(missing[:6])} ({len(missing)} in all)")
-        if left := sorted(stored - expected.keys() - ignored):
-            problems.append(f"unexpected: {', '.join(left[:6])} ({len(left)} in all)")
-        for name in sorted(expected.keys() & stored):
-            if (found := self.files.shape(name)) != expected[name]:
-                problems.append(f"{name} has shape {list(found)}, config.json means {list(expected[name])}")
-        if problems:
-            raise ValueError(
-                f"{self.folder} does not hold the model that its config.json describes: {'; '.join(problems[:8])}"
-            )
 
 
 def _fill_shard(source: HuggingFaceWeights, shard) -> None:
@@ -177,8 +79,17 @@ def _fill_shard(source: HuggingFaceWeights, shard) -> None:
         shard.data.zero_()
     else:
         assert tuple(shard.global_shape) == wanted, (shard.key, shard.global_shape, wanted)
-    rows = source.read_slice(shard.key, tuple(shard.global_offset), tuple(shard.local_shape))
-    shard.data[: rows.shape[0]].copy_(rows)
+    tensor = source.tensors[shard.key]
+    first, *rest = (
+        slice(begin, begin + size) for begin, size in zip(shard.global_offset, shard.local_shape, strict=True)
+    )
+    rows = slice(min(first.start, tensor.shape[0]), min(first.stop, tensor.shape[0]))
+    if not rest or rest[0] == slice(0, tensor.shape[1]):
+        part = read(tensor, rows.start, rows.stop)
+    else:  # the matrices that tensor parallelism cuts along columns stand in the file as they are
+        assert isinstance(tensor, StoredTensor), shard.key
+        part = tensor.read_box(rows, rest[0])
+    shard.data[: part.shape[0]].copy_(part)
 
 
 def _copy(tensor: Tensor, shard, folder: Path) -> None:

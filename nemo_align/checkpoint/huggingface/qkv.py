@@ -6,25 +6,28 @@ then the key head g, then the value head g, each D = head size rows. Neither sid
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from nemo_align.checkpoint.streaming.tensors import Joined, RowSource, Slice
 
 
-def group(query: Tensor, key: Tensor, value: Tensor, *, num_groups: int, head_dim: int) -> Tensor:
+def group(query: RowSource, key: RowSource, value: RowSource, *, num_groups: int, head_dim: int) -> Joined:
     """Fuse query [H*D, hidden], key [G*D, hidden] and value [G*D, hidden] to [(H + 2G)*D, hidden]."""
-    hidden = query.shape[-1]
-    parts = [
-        part.reshape(num_groups, -1, head_dim, hidden) for part in (query, key, value)
-    ]  # [G, p | 1 | 1, D, hidden]
-    return torch.cat(parts, dim=1).reshape(-1, hidden)
+    parts = (query, key, value)
+    total = sum(part.shape[0] for part in parts)
+    num_heads = query.shape[0] // head_dim
+    rows = sources(0, total, num_heads=num_heads, num_groups=num_groups, head_dim=head_dim)
+    return Joined([Slice(parts[which], first, last) for which, first, last in rows])
 
 
-def ungroup(fused: Tensor, *, num_groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def ungroup(fused: RowSource, *, num_groups: int, head_dim: int) -> tuple[Joined, Joined, Joined]:
     """The inverse of `group`: query, key, value."""
-    hidden = fused.shape[-1]
-    parts = fused.reshape(num_groups, -1, head_dim, hidden)  # [G, p + 2, D, hidden]
-    query, key, value = parts[:, :-2], parts[:, -2], parts[:, -1]
-    return query.reshape(-1, hidden), key.reshape(-1, hidden), value.reshape(-1, hidden)
+    rows = fused.shape[0] // num_groups  # of one group
+    queries = rows - 2 * head_dim
+    borders = ((0, queries), (queries, queries + head_dim), (queries + head_dim, rows))
+    query, key, value = (
+        Joined([Slice(fused, number * rows + first, number * rows + last) for number in range(num_groups)])
+        for first, last in borders
+    )
+    return query, key, value
 
 
 def sources(first: int, last: int, *, num_heads: int, num_groups: int, head_dim: int) -> list[tuple[int, int, int]]:

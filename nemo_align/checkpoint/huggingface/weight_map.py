@@ -40,6 +40,7 @@ _LAST = (
     (FINAL_NORM_BIAS, ("model.norm.bias",), COPY, ("H",)),
 )
 _POLICY = ((OUTPUT, ("lm_head.weight",), COPY, ("VH",)),)
+_MOST_LAYERS = 10_000
 _MEGATRON_LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
 
 
@@ -65,7 +66,12 @@ class Weight:
 
 
 def weight_map(model: ModelConfig, *, has_output_layer: bool) -> list[Weight]:
-    """All weights of a model in the order of the forward pass; without output layer for a reward model (head apart)."""
+    """All weights of a model in the order of the forward pass; without output layer for a reward model (head apart).
+
+    Raises ValueError where there are more layers than any model has: the table would fill the memory.
+    """
+    if model.num_layers > _MOST_LAYERS:
+        raise ValueError(f"the model has {model.num_layers:,} layers, at most {_MOST_LAYERS:,} make sense")
     sizes = {
         "V": model.vocab_size,
         "H": model.hidden_size,

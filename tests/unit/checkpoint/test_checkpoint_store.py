@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,13 +21,13 @@ def steps(run_dir: Path) -> list[int]:
 
 def test_a_published_checkpoint_is_the_newest_and_described(tmp_path: Path) -> None:
     for step in (5, 20):
-        path = publish(tmp_path, step)
+        path = publish(tmp_path, step, content=b"abc")
     assert store.newest_complete(tmp_path) == path == tmp_path / "checkpoints" / "step_0000020"
     files = store.read_manifest(path)["files"]
     assert files["sub/data"] == {
-        "bytes": 7,
-        # printf weights | b2sum -l 256
-        "blake2b": "3af1e88d438033d32d72023d073ecb9a17c71cbeaf66061deda571b766dcba39",
+        "bytes": 3,
+        # printf abc | b3sum
+        "blake3": "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85",
     }
     assert set(files) == {"metadata.json", "sub/data"}
 
@@ -34,6 +35,13 @@ def test_a_published_checkpoint_is_the_newest_and_described(tmp_path: Path) -> N
 def test_no_checkpoint(tmp_path: Path) -> None:
     assert store.newest_complete(tmp_path) is None
     assert store.newest_complete(tmp_path / "nowhere") is None
+
+
+def edit(path: Path, change) -> None:
+    """What a flipped bit may do to a manifest: it stays JSON."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def flip(path: Path) -> None:
@@ -52,18 +60,38 @@ def flip(path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text('{"format": 1'), "is not JSON"),
         (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), "is not JSON"),
         (lambda path: (path / "manifest.json").write_text("[]"), "holds list"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 2}'), "format is 2, this version reads 1"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 1}'), "lacks verb, step"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 1}'), "format is 1, this version reads 2"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 2}'), "lacks verb, step"),
+        (lambda path: edit(path, lambda manifest: manifest["state"].update(step=41)), "its own checksum differs"),
+        (lambda path: edit(path, lambda manifest: manifest["state"].update(stap=manifest["state"].pop("step"))), "own"),
     ],
 )
 def test_damage_falls_back_with_a_warning(
     damage, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good, bad = publish(tmp_path, 1), publish(tmp_path, 2)
+    good, bad = publish(tmp_path, 1), publish(tmp_path, 2, state={"step": 2})
     damage(bad)
     with caplog.at_level(logging.WARNING, "nemo_align"):
         assert store.newest_complete(tmp_path) == good
     assert "step_0000002 is damaged and skipped" in caplog.text and reason in caplog.text
+
+
+def failing(*_: object, **__: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(
+    "what", ["nemo_align.checkpoint.checksums.open", "pathlib.Path.stat", "pathlib.Path.read_bytes"]
+)
+def test_a_disk_that_fails_is_no_damage(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it taken for damage, the run would go back and the next save would delete what it could not read."""
+    publish(tmp_path, 1)
+    newest = publish(tmp_path, 2)
+    found = store.candidates(tmp_path)
+    monkeypatch.setattr(store, "candidates", lambda _: found)
+    monkeypatch.setattr(what, failing, raising=False)
+    with pytest.raises(ValueError, match=rf"{newest}/\S+ cannot be read: Input/output error. That may pass"):
+        store.newest_complete(tmp_path)
 
 
 def test_sizes_alone_do_not_see_a_flipped_bit(tmp_path: Path) -> None:
@@ -77,8 +105,8 @@ def test_sizes_alone_do_not_see_a_flipped_bit(tmp_path: Path) -> None:
 def test_a_manifest_cannot_point_outside(name: str, tmp_path: Path) -> None:
     path = publish(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": 1, "blake2b": ""}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    manifest["files"][name] = {"bytes": 1, "blake3": "0" * 64}
+    (path / "manifest.json").write_text(json.dumps(manifests.signed(manifest)))
     with pytest.raises(ValueError, match="leaves the checkpoint's folder"):
         manifests.read_manifest(path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from nemo_align.checkpoint.huggingface.export import generation_config
+from nemo_align.checkpoint.huggingface.generation_config import generation_config
 from nemo_align.checkpoint.huggingface.tokenizer_files import write_tokenizer
 from nemo_align.data.chat import Message
 from nemo_align.data.chat_template import render_dialogue, render_rated

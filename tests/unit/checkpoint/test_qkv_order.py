@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_align.checkpoint.huggingface import qkv
+from nemo_align.checkpoint.streaming.tensors import HeldTensor, read
 
 SHAPES = [(96, 8, 2), (4, 2, 12), (6, 6, 4), (8, 1, 3), (48, 8, 1)]
 
@@ -18,9 +19,13 @@ def numbered(heads: int, groups: int, size: int) -> tuple[torch.Tensor, torch.Te
     return tuple(1000.0 * kind + torch.arange(count).float()[:, None] for kind, count in enumerate(counts))
 
 
+def group(parts: tuple[torch.Tensor, ...], groups: int, size: int) -> torch.Tensor:
+    return read(qkv.group(*map(HeldTensor, parts), num_groups=groups, head_dim=size))
+
+
 def test_nemotron_4_340b() -> None:
     """96 heads, 8 groups: 112 rows of heads, K rows = arange(12, 112, 14), V rows = K rows + 1."""
-    fused = qkv.group(*numbered(96, 8, 1), num_groups=8, head_dim=1)[:, 0]
+    fused = group(numbered(96, 8, 1), 8, 1)[:, 0]
     assert fused.shape == (112,)
     keys = torch.arange(12, 112, 14)
     assert fused[keys].tolist() == [1000.0 + group for group in range(8)]
@@ -38,15 +43,15 @@ def test_nemotron_4_340b() -> None:
 @pytest.mark.parametrize("heads, groups, size", SHAPES)
 def test_ungroup_is_the_inverse(heads: int, groups: int, size: int) -> None:
     parts = tuple(torch.randn(count * size, 5) for count in (heads, groups, groups))
-    back = qkv.ungroup(qkv.group(*parts, num_groups=groups, head_dim=size), num_groups=groups, head_dim=size)
-    assert all(torch.equal(found, part) for found, part in zip(back, parts, strict=True))
+    back = qkv.ungroup(HeldTensor(group(parts, groups, size)), num_groups=groups, head_dim=size)
+    assert all(torch.equal(read(found), part) for found, part in zip(back, parts, strict=True))
 
 
 @pytest.mark.parametrize("heads, groups, size", SHAPES)
 @pytest.mark.parametrize("cuts", [1, 2, 3, 7])
 def test_sources_cut_anywhere_give_the_rows_of_the_whole(heads: int, groups: int, size: int, cuts: int) -> None:
     parts = numbered(heads, groups, size)
-    whole = qkv.group(*parts, num_groups=groups, head_dim=size)
+    whole = group(parts, groups, size)
     borders = [round(len(whole) * cut / cuts) for cut in range(cuts + 1)]
     rows = []
     for first, last in itertools.pairwise(borders):

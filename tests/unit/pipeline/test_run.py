@@ -18,9 +18,10 @@ from nemo_align.runtime import exit_codes
 
 # A stage of one file: two "steps" of a fraction of a second, one checkpoint manifest, a result. SIGTERM: exit 75.
 STAGE = textwrap.dedent("""
-    import json, os, pathlib, signal, sys, time
+    import os, pathlib, signal, sys, time
     verb, name, run_dir = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    from nemo_align.checkpoint.manifest import write_manifest
     from nemo_align.config.compose import compose, to_yaml
     from nemo_align.config.run_directory import claim
     from nemo_align.training.metrics import MetricsWriter
@@ -37,8 +38,8 @@ STAGE = textwrap.dedent("""
     checkpoint = run_dir / "checkpoints" / "step_0000002"
     checkpoint.mkdir(parents=True)
     keys = "verb step final reward layout optimizer_sharding dtype tokenizer state megatron_core torch".split()
-    manifest = dict.fromkeys(keys) | {"format": 1, "files": {}, "model": vars(config.model), "salt": time.time()}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    manifest = dict.fromkeys(keys) | {"files": {}, "model": vars(config.model), "salt": time.time()}
+    write_manifest(checkpoint, manifest)
     writer = MetricsWriter(run_dir)
     for step in (1, 2):
         writer.write({"kind": "train", "step": step, "loss": 3.0 - step, "perf/mfu": 0.4})

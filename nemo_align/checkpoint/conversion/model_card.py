@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nemo_align.checkpoint.conversion.model import Model
 from nemo_align.checkpoint.huggingface.whole_text import REMEDY
-from nemo_align.checkpoint.store import CHECKPOINTS
 from nemo_align.config.model import ModelConfig
 from nemo_align.data.tokenizer import Tokenizer
 from nemo_align.model.counts import count_parameters, head_dim
@@ -20,19 +20,11 @@ _STAGES = {
 }
 
 
-def model_card(
-    checkpoint: Path,
-    manifest: dict,
-    model: ModelConfig,
-    tokenizer: Tokenizer | None,
-    *,
-    joins_across_turns: bool = False,
-) -> str:
-    """Markdown with a YAML head. Sizes and stage come from the manifest; data, hyper-parameters and metrics from
-    config.yaml and result.json of the run that `checkpoint` lies in. `joins_across_turns`: see whole_text.py."""
-    run_dir = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
-    reward = manifest["reward"]
-    tags = ["nemotron", "nemo_align", manifest["verb"]]
+def model_card(model: Model, tokenizer: Tokenizer | None, *, dtype: str, joins_across_turns: bool = False) -> str:
+    """Markdown with a YAML head. Sizes and stage come from the checkpoint; data, hyper-parameters and metrics from
+    config.yaml and result.json of the run that it lies in. `joins_across_turns`: see huggingface/whole_text.py."""
+    reward, config = model.reward, model.config
+    tags = ["nemotron", "nemo_align", model.verb]
     task = "text-classification" if reward is not None else "text-generation"
     lines = [
         "---",
@@ -42,10 +34,10 @@ def model_card(
         *(f"- {tag}" for tag in tags),
         "---",
     ]
-    lines += ["", f"# {model.name}", "", f"Stage: {_STAGES.get(manifest['verb'], manifest['verb'])}, "]
-    lines[-1] += f"step {manifest['step']}. Written by nemo_align."
-    lines += ["", "## Model", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _sizes(model))]
-    lines += [f"| number format | {manifest['dtype']} |"]
+    lines += ["", f"# {config.name}", "", f"Stage: {_STAGES.get(model.verb, model.verb)}, "]
+    lines[-1] += f"step {model.step}. Written by nemo_align."
+    lines += ["", "## Model", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _sizes(config))]
+    lines += [f"| number format | {dtype} |"]
     if tokenizer is not None:
         lines += [f"| tokenizer | {tokenizer.vocab_size:,} tokens |"]
     lines += ["", *(_reward_text(reward) if reward is not None else _policy_text(tokenizer))]
@@ -55,8 +47,8 @@ def model_card(
             f"in training they stood apart. {REMEDY}.",
             "",
         ]
-    if run_dir is not None:
-        lines += _run_text(run_dir)
+    if model.run_dir is not None:
+        lines += _run_text(model.run_dir)
     return "\n".join(lines) + "\n"
 
 

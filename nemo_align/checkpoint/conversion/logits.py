@@ -1,0 +1,109 @@
+"""Whether both sides of a conversion compute the same: a prompt through transformers' model and through Megatron-core.
+
+The side that is a checkpoint of its kind is loaded as anybody would load it. The other side (a `.nemo`, which nothing
+here runs) is filled tensor by tensor from the opened source. Both compute in fp32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import psutil
+import torch
+
+from nemo_align.checkpoint.conversion.model import Model
+from nemo_align.checkpoint.conversion.to_huggingface import huggingface_tensors
+from nemo_align.checkpoint.huggingface.model_config import hf_config
+from nemo_align.checkpoint.store import resolve
+from nemo_align.checkpoint.streaming.tensors import read
+from nemo_align.config.objectives import RewardConfig
+from nemo_align.config.runtime import ParallelConfig, PrecisionConfig, RuntimeConfig
+from nemo_align.model.counts import count_parameters
+
+BOUND = 1e-4  # of max(1, largest logit): fp32 sums in another order differ by some 1e-6
+_TOKENS = 24
+_COPIES = 3  # two models, and room for what loading them holds
+
+logger = logging.getLogger("nemo_align")
+
+
+def compare_logits(source: Model, made: Model) -> float:
+    """Largest difference of the logits (or scores), relative to the largest one; logged.
+
+    Raises:
+        ValueError: too little memory for both models, or a difference above `BOUND`.
+    """
+    _check_memory(source)
+    by_kind = {model.kind: model for model in (source, made)}
+    ids = torch.arange(_TOKENS)[None] * 7919 % source.config.vocab_size
+    theirs = _transformers(by_kind.get("hf"), source, ids)
+    ours = _megatron(by_kind.get("megatron"), source, ids)
+    if source.reward is not None:
+        ours = ours[:, -1]  # transformers reads the scores at the last token alone
+    scale = max(1.0, float(theirs.abs().max()))
+    difference = float((ours - theirs).abs().max()) / scale
+    what = "scores" if source.reward is not None else "logits"
+    if not difference <= BOUND:  # not so for nan
+        raise ValueError(f"{what} of {made.path} differ from those of {source.path} by {difference:.2e} of {scale:.3g}")
+    logger.info("%s agree: largest difference %.1e of %.3g, over %d tokens", what, difference, scale, _TOKENS)
+    return difference
+
+
+def _check_memory(model: Model) -> None:
+    needed = _COPIES * 4 * count_parameters(model.config).total
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(
+            f"verify=logits holds both models in fp32: {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free. "
+            "Use verify=tensors, which holds none"
+        )
+
+
+@torch.no_grad()
+def _transformers(folder: Model | None, source: Model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [1, S, V], or scores [1, A]."""
+    from transformers import NemotronConfig, NemotronForCausalLM, NemotronForSequenceClassification
+
+    model_class = NemotronForCausalLM if source.reward is None else NemotronForSequenceClassification
+    if folder is not None:
+        model = model_class.from_pretrained(folder.path, dtype=torch.float32, trust_remote_code=False)
+    else:
+        values = hf_config(source.config, dtype="fp32", bos_id=1, eos_id=2, pad_id=0, reward=source.reward)
+        with torch.device("meta"):
+            model = model_class(NemotronConfig(**values))
+        state = {name: read(tensor).float() for name, tensor in huggingface_tensors(source).items()}
+        model.load_state_dict(state, strict=True, assign=True)
+        inner = model.model
+        inner.rotary_emb = type(inner.rotary_emb)(config=model.config)  # its buffer is in no checkpoint
+    return model.eval()(input_ids=ids).logits.float()
+
+
+@torch.no_grad()
+def _megatron(checkpoint: Model | None, source: Model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [1, S, V], or scores [1, S, A]."""
+    from nemo_align.runtime import device, launch_environment, topology
+
+    device.install()  # before the first import of Megatron-core
+    from nemo_align.checkpoint import megatron
+    from nemo_align.checkpoint.sharded_state import model_state
+    from nemo_align.model.build import build_model
+
+    parallel, precision = ParallelConfig(), PrecisionConfig(dtype="fp32")
+    head = None
+    if source.reward is not None:
+        head = RewardConfig(**source.reward)
+    grid = topology.initialize(parallel, RuntimeConfig(), launch_environment.single_process())
+    try:
+        chunks = build_model(source.config, parallel, precision, grid, reward_head=head)
+        if checkpoint is not None:
+            megatron.load_weights(resolve(checkpoint.path), chunks, grid, load_head=head is not None, verify=False)
+        else:
+            for shard in model_state(chunks, None)["model0"].values():
+                tensor = read(source.tensors[shard.key]).float()
+                shard.data.zero_()
+                shard.data[: tensor.shape[0]].copy_(tensor)
+        positions = torch.arange(ids.shape[1])[None]
+        output = chunks[0].eval()(ids.to(grid.device), positions.to(grid.device), None).float().cpu()
+    finally:
+        topology.destroy()
+    return output if source.reward is not None else output[..., : source.config.vocab_size]
