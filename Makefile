@@ -1,10 +1,12 @@
 # Each target does its own set-up in .venv; a second call finds it done. Needs Python 3.11 or newer, with venv.
 #   make quickstart   the whole recipe on real data, without a GPU
 #   make test         the tests, without the long proofs
-#   make test-full    the long proofs: every pair of layouts, hundreds of kills, memory; FAULT_KILLS=... for more kills
+#   make test-full    the long proofs: every pair of layouts, kills and other faults, memory
+#   make test-faults  of these the faults alone
 #
-# PYTHON=...    interpreter to build .venv with
-# PIP_ARGS=...  more options for pip, such as another index for torch
+# FAULT_KILLS=... kills that test-full and test-faults make, 32 by default; 200 take a quarter of an hour more
+# PYTHON=...      interpreter to build .venv with
+# PIP_ARGS=...    more options for pip, such as another index for torch
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -14,6 +16,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3 py
 PYTHON_312 ?= python3.12
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+FAULT_KILLS ?= 32
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,6 +64,8 @@ test: $(VENV)/.ready-test
 
 test-full: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m full $(PYTEST_ARGS)
+
+test-full test-faults: export NEMO_ALIGN_FAULTS_KILLS := $(FAULT_KILLS)
 
 # Kills, full disks, damaged checkpoints and frozen ranks under real runs: a part of test-full.
 test-faults: $(VENV)/.ready-test

@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_align.config.data import ChatDataConfig, RowsConfig
+from nemo_align.data.cache_folder import writing_cache
 from nemo_align.data.tokenized_rows_writer import FORMAT_VERSION
+from nemo_align.runtime import watchdog
+from nemo_align.runtime.signals import leave_if_asked
 
 _CHUNK_BYTES = 1 << 22
+_SAMPLE_BYTES, _FARTHEST_SAMPLES = 1 << 16, 1 << 26
+_SAMPLES = 4096  # of a .bin, where they need not lie farther apart: 256 MiB
 
 
 def cache_key(
@@ -47,31 +53,77 @@ def content_hash(path: Path, cache_dir: Path) -> str:
             f"data path {path} does not exist or holds no file; give a file of rows, or a folder written by "
             "datasets.save_to_disk"
         )
-    stamp = [[str(file.relative_to(path)), *_identity(file)] for file in files]
+
+    def add(digest: hashlib.blake2b) -> None:
+        for file in files:
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+            _add_whole(digest, file)
+
+    return _remembered_hash(path, [(str(file.relative_to(path)), file) for file in files], cache_dir, add)
+
+
+def indexed_hash(prefix: str | Path, cache_dir: Path) -> str:
+    """blake2b of a `.bin`/`.idx` pair, whatever it is called: all of the index, the size and blocks of the token ids.
+
+    A `.bin` up to 256 MiB is read whole. Of a larger one 64 KiB are read at evenly spaced places, at most 64 MiB apart,
+    and the last 64 KiB: 1 TB costs the reading of 1 GB. Remembered like `content_hash`."""
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+
+    def add(digest: hashlib.blake2b) -> None:
+        size = tokens.stat().st_size
+        digest.update(f"{index.stat().st_size}\0{size}\0".encode())
+        _add_whole(digest, index)
+        step = min(max(size // _SAMPLES, _SAMPLE_BYTES), _FARTHEST_SAMPLES)
+        with _reading(tokens), tokens.open("rb", buffering=0) as stream:
+            for offset in (*range(0, size, step), max(0, size - _SAMPLE_BYTES)):
+                _still_hashing(tokens)
+                digest.update(os.pread(stream.fileno(), _SAMPLE_BYTES, offset))
+
+    return _remembered_hash(Path(prefix), [(".idx", index), (".bin", tokens)], cache_dir, add)
+
+
+def _add_whole(digest: hashlib.blake2b, file: Path) -> None:
+    with _reading(file), file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            _still_hashing(file)
+            digest.update(chunk)
+
+
+def _still_hashing(file: Path) -> None:
+    """Terabytes take minutes, in which the other ranks wait."""
+    watchdog.beat(f"reading {file}")
+    leave_if_asked()
+
+
+def _remembered_hash(
+    path: Path, files: Sequence[tuple[str, Path]], cache_dir: Path, add: Callable[[hashlib.blake2b], None]
+) -> str:
+    """The hash that `add` makes of `files` (name, place), unless it was made before of files of these sizes and times.
+
+    Raises ValueError for a file that cannot be read, or a `cache_dir` that cannot be written."""
     memo = cache_dir / f"content_{hashlib.blake2b(str(path.absolute()).encode(), digest_size=10).hexdigest()}.json"
+    with _reading(path):
+        stamp = [[name, *_identity(file)] for name, file in files]
     remembered = _remembered(memo, stamp)
     if remembered is not None:
         return remembered
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        try:
-            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-        except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error}); check the file and its permissions") from error
-    try:
+    with _reading(path):
+        add(digest)
+    with writing_cache(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         writing = memo.with_name(f".{memo.name}.{os.getpid()}")
         writing.write_text(json.dumps({"stamp": stamp, "blake2b": digest.hexdigest()}), encoding="utf-8")
         os.replace(writing, memo)
-    except OSError as error:
-        raise ValueError(
-            f"data.cache_dir: {cache_dir} cannot be written ({error}); make room, or set data.cache_dir to a folder "
-            "that can be written and that every rank sees"
-        ) from error
     return digest.hexdigest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
 
 
 def _remembered(memo: Path, stamp: list[list[Any]]) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -70,6 +71,8 @@ class Pair:
     chosen_reward: float | None = None
     rejected_reward: float | None = None
     is_tie: bool = False  # the source itself calls neither better
+    # Where the responses stand in the row, for messages.
+    columns: tuple[str, str] = dataclass_field(default=("chosen", "rejected"), compare=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def check_pair(pair: Pair, *, prompt: str = "prompt", responses: tuple[str, str]
     if (pair.chosen_reward is None) != (pair.rejected_reward is None):
         missing = "chosen_reward" if pair.chosen_reward is None else "rejected_reward"
         raise RowError(missing, "missing while the other response has one", "give both rewards or neither")
-    return pair
+    return replace(pair, columns=responses)
 
 
 def check_rated(rated: Rated, field: str) -> Rated:

@@ -155,11 +155,34 @@ def _check_ids(info: IndexedDatasetInfo, lengths: np.ndarray, vocab_size: int, c
         step = max(step, info.num_tokens // _SAMPLED_BLOCKS)
     for block in range(0, info.num_tokens, step):
         ids = tokens[block : block + _BLOCK_TOKENS]
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            position = block + int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
-            sequence = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), position, side="right")) + 1
-            raise ValueError(
-                f"{info.prefix}.bin: token {position:,} (sequence {sequence:,}) has id {int(tokens[position])}, but "
-                f"the vocabulary has {vocab_size:,} tokens; set data.tokenizer to the one that the data was prepared "
-                "with, or prepare the data again"
-            )
+        if has_outside(ids, vocab_size):
+            position = block + _first_outside(ids, vocab_size)
+            sequence = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), position, side="right"))
+            raise _outside(info.prefix, position, sequence, int(tokens[position]), vocab_size)
+
+
+def has_outside(ids: np.ndarray, vocab_size: int) -> bool:
+    """Whether some token id (of at least one) is outside the vocabulary."""
+    return bool(ids.min() < 0 or ids.max() >= vocab_size)
+
+
+def check_window(prefix: str | Path, ids: np.ndarray, start: int, sequence: int, vocab_size: int) -> None:
+    """Refuse `ids` outside the vocabulary as they are read: a large set was checked in samples only.
+
+    `start`: token of the `.bin` (0 = first) that `ids` begin with; `sequence` (0 = first): where they lie. ValueError
+    names file, token and sequence."""
+    if ids.size and has_outside(ids, vocab_size):
+        first = _first_outside(ids, vocab_size)
+        raise _outside(prefix, start + first, sequence, int(ids[first]), vocab_size)
+
+
+def _first_outside(ids: np.ndarray, vocab_size: int) -> int:
+    return int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+
+
+def _outside(prefix: str | Path, position: int, sequence: int, token: int, vocab_size: int) -> ValueError:
+    return ValueError(
+        f"{prefix}.bin: token {position:,} (sequence {sequence + 1:,}) has id {token}, but the vocabulary has "
+        f"{vocab_size:,} tokens; set data.tokenizer to the one that the data was prepared with, or prepare the data "
+        "again"
+    )

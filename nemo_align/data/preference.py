@@ -43,6 +43,7 @@ def tokenize_preference(
         "select": asdict(config.select),
         "drops_ties": selection.drops_ties,
         "needs_rewards": selection.needs_rewards is not None,
+        "identical": "wrong",  # other than in caches of earlier versions, which left such pairs out unsaid
     }
     key = cache_key("preference", rows, tokenizer.fingerprint, settings, Path(cache_dir))
 

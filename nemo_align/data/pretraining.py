@@ -17,15 +17,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from nemo_align.config.data import BlendSourceConfig, IndexedSourceConfig
 from nemo_align.data.batch import Batch
+from nemo_align.data.cache_folder import writing_cache
+from nemo_align.data.cache_key import indexed_hash
 from nemo_align.data.collate import collate_rows
-from nemo_align.data.indexed import IndexedDatasetInfo, check_indexed_dataset
+from nemo_align.data.indexed import check_indexed_dataset, check_window, has_outside
 from nemo_align.data.plain_arrays import load_array, without_pickles
 from nemo_align.data.sampler import EpochSampler
 from nemo_align.data.source import Step
@@ -51,17 +53,22 @@ def check_pretraining_files(
     phases: Sequence[PretrainingPhase],
     validation: Mapping[str, IndexedSourceConfig],
     vocab_size: int,
+    cache_dir: str | Path,
     *,
     contents: bool,
 ) -> None:
     """Refuse what the sources below could not read right. ValueError names key or file and the remedy.
 
-    `contents` reads indices and token ids too, not just headers and sizes: work for one rank, before whose verdict no
-    other may enter Megatron-core's barriers (`rank_zero_first`)."""
+    `contents` reads indices and token ids too, not just headers and sizes, and leaves in `cache_dir` the hashes that
+    the sources below ask for: work for one rank, before whose verdict no other may enter Megatron-core's barriers
+    (`rank_zero_first`)."""
     for phase in phases:
         _check_blend(phase, vocab_size, contents=contents)
     for source in validation.values():
         check_indexed_dataset(source.path, vocab_size=vocab_size, contents=contents)
+    if contents:
+        for source in itertools.chain(validation.values(), *(phase.blend.values() for phase in phases)):
+            indexed_hash(source.path, Path(cache_dir))
 
 
 class PretrainingSource:
@@ -87,16 +94,19 @@ class PretrainingSource:
         assert phases and all(phase.num_samples > 0 for phase in phases), phases
         self.layout = layout
         self.data_rank = data_rank
-        infos = [_check_blend(phase, tokenizer.vocab_size, contents=False) for phase in phases]
-        self.fingerprint = _fingerprint(phases, infos, layout.capacity, seed, tokenizer)
+        for phase in phases:
+            _check_blend(phase, tokenizer.vocab_size, contents=False)
+        self.fingerprint = _fingerprint(phases, layout.capacity, seed, tokenizer, Path(cache_dir))
         # Megatron-core's cache knows its data by path alone: files written anew under the same name would be read with
-        # the old indices. The folder's name holds their sizes.
+        # the old indices. The folder's name holds their content.
         cache = Path(cache_dir) / f"pretraining_{self.fingerprint.rpartition('-')[2]}"
         if _is_rank_zero():
-            _drop_damaged(cache)
+            with writing_cache(Path(cache_dir)):
+                _drop_damaged(cache)
         self._datasets = [_build(phase, layout.capacity, tokenizer, seed, cache) for phase in phases]
         self._ends = list(itertools.accumulate(phase.num_samples for phase in phases))
         self.num_examples = self._ends[-1]
+        self._vocab_size = tokenizer.vocab_size
 
     def step(self, consumed: int, batch_size: int) -> Step:
         """Samples consumed .. consumed + batch_size - 1. Phases end where the caller counted their steps to end."""
@@ -109,10 +119,21 @@ class PretrainingSource:
             yield self._step(range(start, min(start + batch_size, self.num_examples)))
 
     def window(self, sample: int) -> np.ndarray:
-        """Token ids [sequence_length + 1] of a sample: its tokens and the one that follows them."""
+        """Token ids [sequence_length + 1] of a sample: its tokens and the one that follows them.
+
+        Raises ValueError with file and document for an id outside the vocabulary."""
         phase = bisect.bisect_right(self._ends, sample)
-        item = self._datasets[phase][sample - (self._ends[phase - 1] if phase else 0)]
-        return np.append(item["tokens"].numpy(), item["labels"][-1].item())
+        number = sample - (self._ends[phase - 1] if phase else 0)
+        dataset, number = _in_one_file(self._datasets[phase], number)
+        # Not dataset[number]: that makes masks which nobody reads, and turns ids of -1 into 0.
+        ids, sequences = dataset._query_document_sample_shuffle_indices(number)
+        if has_outside(ids, self._vocab_size):
+            file = dataset.dataset
+            for sequence in sequences.tolist():
+                start = int(file.index.sequence_pointers[sequence]) // file.index.dtype().itemsize
+                check_window(file.path_prefix, file.get(sequence), start, sequence, self._vocab_size)
+            raise AssertionError(f"sample {sample} is padded")  # never: the last, short one is left out
+        return ids
 
     def _step(self, samples: range) -> Step:
         return _window_step(self, samples, [self.layout.capacity] * len(samples))
@@ -127,8 +148,16 @@ class HeldOutSource:
     kind = "windows"
 
     def __init__(
-        self, source: IndexedSourceConfig, *, tokenizer: Tokenizer, layout: StepLayout, data_rank: int, seed: int = 0
+        self,
+        source: IndexedSourceConfig,
+        *,
+        tokenizer: Tokenizer,
+        cache_dir: str | Path,
+        layout: StepLayout,
+        data_rank: int,
+        seed: int = 0,
     ) -> None:
+        """`cache_dir`: where the hash of the files is remembered."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         info = check_indexed_dataset(source.path, vocab_size=tokenizer.vocab_size, contents=False)
@@ -136,8 +165,10 @@ class HeldOutSource:
         self.data_rank = data_rank
         self.num_tokens = info.num_tokens
         self.num_examples = -(-info.num_tokens // layout.capacity)
-        content = f"{info.num_tokens}/{info.bin_bytes}/{info.idx_bytes}/{layout.capacity}/{tokenizer.fingerprint}"
+        content = f"{indexed_hash(source.path, Path(cache_dir))}/{layout.capacity}/{tokenizer.fingerprint}"
         self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self._prefix = source.path
+        self._vocab_size = tokenizer.vocab_size
         self._eod = tokenizer.eod
         self._dataset = IndexedDataset(source.path)
         self._ends = np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)  # in tokens, per sequence
@@ -151,7 +182,9 @@ class HeldOutSource:
             yield self._step(range(start, min(start + batch_size, self.num_examples)))
 
     def window(self, number: int) -> np.ndarray:
-        """Ids [2 .. sequence_length + 1]: the last token before the window, then the window's tokens."""
+        """Ids [2 .. sequence_length + 1]: the last token before the window, then the window's tokens.
+
+        Raises ValueError with file and document for an id outside the vocabulary."""
         start = number * self.layout.capacity
         stop = min(start + self.layout.capacity, self.num_tokens)
         if number == 0:
@@ -165,7 +198,9 @@ class HeldOutSource:
             sequence = int(np.searchsorted(self._ends, start, side="right"))
             begins = int(self._ends[sequence - 1]) if sequence else 0
             end = min(stop, int(self._ends[sequence]))
-            parts.append(self._dataset.get(sequence, offset=start - begins, length=end - start))
+            ids = self._dataset.get(sequence, offset=start - begins, length=end - start)
+            check_window(self._prefix, ids, start, sequence, self._vocab_size)
+            parts.append(ids)
             start = end
         return np.concatenate(parts).astype(np.int64)
 
@@ -182,6 +217,15 @@ def _window_step(source: PretrainingSource | HeldOutSource, samples: Sequence[in
         return collate_rows(windows, examples, source.layout.micro_batch_size, plan.length)
 
     return Step(plan, source.data_rank, build)
+
+
+def _in_one_file(dataset: Any, number: int) -> tuple[Any, int]:
+    """The GPTDataset that a sample of a phase comes from, and its number there."""
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+
+    if isinstance(dataset, BlendedDataset):
+        return dataset.datasets[dataset.dataset_index[number]], dataset.dataset_sample_index[number]
+    return dataset, number
 
 
 class _DatasetTokenizer:
@@ -215,22 +259,25 @@ def _build(
     )
     sizes = [phase.num_samples, 0, 0]  # training, validation, test
     # Every rank reads the indices, and between the check of rank 0 and that reading a file could be swapped.
-    with without_pickles():
-        dataset = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+    with without_pickles(), writing_cache(cache.parent):
+        try:
+            dataset = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+        except Exception as error:
+            if isinstance(error.__cause__, OSError):  # of a disk that cannot be written
+                raise error.__cause__ from None
+            raise
     assert len(dataset) >= phase.num_samples, (phase.name, len(dataset), phase.num_samples)
     logger.info("phase %s: %d samples of %d tokens", phase.name, phase.num_samples, sequence_length)
     return dataset
 
 
-def _check_blend(phase: PretrainingPhase, vocab_size: int, *, contents: bool) -> list[IndexedDatasetInfo]:
+def _check_blend(phase: PretrainingPhase, vocab_size: int, *, contents: bool) -> None:
     if not phase.blend:
         raise ValueError(f"data.phases.{phase.name}.blend: name at least one source")
     for name, source in phase.blend.items():
         if not source.weight > 0:
             raise ValueError(f"data.phases.{phase.name}.blend.{name}.weight={source.weight}: must be above 0")
-    return [
-        check_indexed_dataset(source.path, vocab_size=vocab_size, contents=contents) for source in phase.blend.values()
-    ]
+        check_indexed_dataset(source.path, vocab_size=vocab_size, contents=contents)
 
 
 def _drop_damaged(cache: Path) -> None:
@@ -245,22 +292,18 @@ def _drop_damaged(cache: Path) -> None:
 
 
 def _fingerprint(
-    phases: Sequence[PretrainingPhase],
-    infos: Sequence[Sequence[IndexedDatasetInfo]],
-    sequence_length: int,
-    seed: int,
-    tokenizer: Tokenizer,
+    phases: Sequence[PretrainingPhase], sequence_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path
 ) -> str:
     """`<phase>=<samples>+...-<hash>`: a change of a sample count can be read from it, others change the hash.
 
-    Sets are known by name and size, not by folder: data may be moved between a stop and a resume."""
+    Sets are known by name and content, not by folder: data may be moved between a stop and a resume."""
     content = [
         [phase.name, phase.num_samples]
         + [
-            [Path(source.path).name, source.weight, info.bin_bytes, info.idx_bytes]
-            for source, info in zip(phase.blend.values(), phase_infos, strict=True)
+            [Path(source.path).name, source.weight, indexed_hash(source.path, cache_dir)]
+            for source in phase.blend.values()
         ]
-        for phase, phase_infos in zip(phases, infos, strict=True)
+        for phase in phases
     ]
     text = json.dumps([content, sequence_length, seed, tokenizer.fingerprint])
     counts = "+".join(f"{phase.name}={phase.num_samples}" for phase in phases)

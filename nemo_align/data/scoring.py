@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def write_scored_rows(
 
     `scores` [N, A] are those of the examples of `scored`, one column per attribute. A pair row gets `chosen_reward`,
     `rejected_reward` (weighted sums), `chosen_scores` and `rejected_scores` ({attribute: score}); a dialogue row gets
-    `reward` and `scores`. `seed` is the one the rows were tokenized with.
+    `reward` and `scores`. `seed` is the one the rows were tokenized with. Raises ValueError for a disk that cannot be
+    written, a score that is not finite, and rows that changed meanwhile.
     """
     if set(weights) != set(attributes):
         raise ValueError(f"weights: {sorted(weights)}; give one for each attribute: {', '.join(attributes)}")
@@ -97,10 +99,10 @@ def write_scored_rows(
     per_row = scored.report["responses_per_row"]
     row_numbers = scored.origins[::per_row, 1]
     names = ("chosen", "rejected") if per_row == 2 else ("",)
-    target.parent.mkdir(parents=True, exist_ok=True)
     writing = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     position = 0
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with writing.open("w", encoding="utf-8", newline="\n") as file:
             for row in read_rows(source, seed=seed, with_unreadable=True):
                 if position == len(row_numbers) or row.number != row_numbers[position]:
@@ -117,9 +119,15 @@ def write_scored_rows(
                 f"{source.path}: changed while it was scored ({position} of {len(row_numbers)} rows found); score again"
             )
         os.replace(writing, target)
+        _publish_rejected(target, scored)
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be written ({error}); make room there and start the same command again: the scores are "
+            "kept"
+        ) from error
     finally:
-        writing.unlink(missing_ok=True)
-    _publish_rejected(target, scored)
+        with suppress(OSError):
+            writing.unlink(missing_ok=True)
     return position
 
 

@@ -31,11 +31,17 @@ class Selection:
     def apply(self, pair: Pair, counts: Counter[str]) -> Pair | None:
         """The pair (swapped if so configured), or None if it is left out; either way it is counted.
 
-        RowError: a reward that is needed is missing, or chosen is worse than rejected and that is an error.
+        RowError: both responses are the same, a reward that is needed is missing, or chosen is worse than rejected and
+        that is an error.
         """
-        if pair.chosen == pair.rejected:
-            counts["dropped_identical"] += 1  # both log-ratios are equal whatever the model: nothing to prefer
-            return None
+        if pair.chosen == pair.rejected:  # both log-ratios are equal whatever the model: nothing to prefer
+            chosen, rejected = pair.columns
+            raise RowError(
+                rejected,
+                f"the same text as {chosen}",
+                "correct one of the two or remove the row, or set data.bad_rows=quarantine",
+                reason="identical responses",
+            )
         if pair.chosen_reward is None or pair.rejected_reward is None:
             if self.needs_rewards:
                 raise RowError(

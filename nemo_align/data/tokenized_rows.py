@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from nemo_align.data.cache_folder import writing_cache
 from nemo_align.data.plain_arrays import load_array
 from nemo_align.data.tokenized_rows_writer import FORMAT_VERSION, TokenizedRowsWriter
 
@@ -144,32 +145,36 @@ def open_or_build(
 
     `build` fills the writer and returns the report. Rank 0 calls this before a barrier and the other ranks after it, so
     that they only open; where the folder is not shared between machines several build, and the first rename wins.
+    Raises ValueError for a `cache_dir` that cannot be written, or if no example is left.
     """
     folder = Path(cache_dir) / f"{kind}_{fingerprint[:20]}"
     if (folder / "meta.json").is_file():
         return _opened(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(folder)
-    building = Path(tempfile.mkdtemp(prefix=f"{_unfinished_prefix(folder)}{os.getpid()}.", dir=folder.parent))
-    try:
-        building.chmod(0o755)  # mkdtemp's 0700 would shut out colleagues who share the cache
-        writer = TokenizedRowsWriter(
-            building, segments=segments, targets=targets or {}, rejected_path=rejected_path(folder)
-        )
+    with writing_cache(Path(cache_dir)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
+        building = Path(tempfile.mkdtemp(prefix=f"{_unfinished_prefix(folder)}{os.getpid()}.", dir=folder.parent))
         try:
-            report = build(writer)
-        finally:
-            writer.publish_rejected()  # before the cache appears; and when nothing is left, to see why
-        if writer.num_examples == 0:
-            raise ValueError(f"data ({', '.join(sources)}): no example is left. Counts: {json.dumps(dict(report))}")
-        writer.finish(kind=kind, fingerprint=fingerprint, report=report, sources=sources, attributes=attributes)
-        try:
-            os.rename(building, folder)
-        except OSError:
-            if not (folder / "meta.json").is_file():
+            building.chmod(0o755)  # mkdtemp's 0700 would shut out colleagues who share the cache
+            writer = TokenizedRowsWriter(
+                building, segments=segments, targets=targets or {}, rejected_path=rejected_path(folder)
+            )
+            try:
+                report = build(writer)
+            except ValueError:
+                writer.publish_rejected()  # when nothing is left, to see why
                 raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            writer.publish_rejected()  # before the cache appears
+            if writer.num_examples == 0:
+                raise ValueError(f"data ({', '.join(sources)}): no example is left. Counts: {json.dumps(dict(report))}")
+            writer.finish(kind=kind, fingerprint=fingerprint, report=report, sources=sources, attributes=attributes)
+            try:
+                os.rename(building, folder)
+            except OSError:
+                if not (folder / "meta.json").is_file():
+                    raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return _opened(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +23,31 @@ class _CurrentStderr(logging.StreamHandler):
         return sys.stderr
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt. A disk that is full costs lines of it, not the run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._warned:
+            self._warned = True
+            with suppress(OSError):  # stderr may lie on the same disk
+                print(
+                    f"warning: {self.baseFilename} cannot be written ({error.strerror}): lines will be missing from it",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def close(self) -> None:
+        with suppress(OSError):  # it tries once more to write what did not fit
+            super().close()
+
+
 def setup(run_dir: str | Path, rank: int, *, shared_stderr: bool = False) -> logging.Logger:
     """Set up and return the logger. A second call replaces the first.
 
@@ -29,6 +55,9 @@ def setup(run_dir: str | Path, rank: int, *, shared_stderr: bool = False) -> log
         run_dir: the run's directory; rank 0 appends to log.txt in it.
         rank: of this process; lines of other ranks than 0 name theirs.
         shared_stderr: the ranks write to one stderr (torchrun, srun), so others than 0 only say warnings and errors.
+
+    Raises:
+        ValueError: log.txt cannot be opened.
     """
     logger = logging.getLogger(LOGGER_NAME)
     for handler in logger.handlers[:]:
@@ -44,8 +73,14 @@ def setup(run_dir: str | Path, rank: int, *, shared_stderr: bool = False) -> log
     logger.addHandler(to_stderr)
     if rank == 0:
         path = Path(run_dir) / "log.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(path, encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_file = _LogFile(path)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be written ({error.strerror}): make room there, or set run_dir to a folder that can be "
+                "written"
+            ) from None
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger.addHandler(to_file)
     return logger

@@ -46,21 +46,24 @@ def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> C
             f"parallel.sequence and precision.fp8 ask for: use {layout.capacity}"
         )
     phases, vocab_size = phases_with_samples(config, batches), session.tokenizer.vocab_size
+    cache = cache_directory(session)
 
     def check_files() -> None:
-        check_pretraining_files(phases, config.data.validation, vocab_size, contents=topology.is_main)
+        check_pretraining_files(phases, config.data.validation, vocab_size, cache, contents=topology.is_main)
 
     rank_zero_first(topology, stop, check_files)
     train = PretrainingSource(
         phases,
         tokenizer=session.tokenizer,
         seed=config.runtime.seed,
-        cache_dir=cache_directory(session),
+        cache_dir=cache,
         layout=layout,
         data_rank=topology.data_rank,
     )
     validation = {
-        name: HeldOutSource(source, tokenizer=session.tokenizer, layout=layout, data_rank=topology.data_rank)
+        name: HeldOutSource(
+            source, tokenizer=session.tokenizer, cache_dir=cache, layout=layout, data_rank=topology.data_rank
+        )
         for name, source in config.data.validation.items()
     }
     task = Task(

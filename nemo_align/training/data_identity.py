@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_align.config.stages import TrainStageConfig
-from nemo_align.data.cache_key import content_hash
+from nemo_align.data.cache_key import content_hash, indexed_hash
 from nemo_align.data.tokenizer import Tokenizer
 
 TOKENIZER_KEY = "data.tokenizer"
 
 
 def describe_data(config: TrainStageConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """{configuration key: identity of its content}. Rows: a hash; indexed sets: their size; the tokenizer: a hash.
+    """{configuration key: hash of its content}; of an indexed set's token ids a sample, if they are many.
 
     Paths are no part of it: data may be moved between a stop and a resume.
     """
@@ -23,8 +23,7 @@ def describe_data(config: TrainStageConfig, tokenizer: Tokenizer) -> dict[str, s
         described[f"data.train.{name}"] = content_hash(Path(rows.path), cache)
     for phase_name, phase in getattr(data, "phases", {}).items():
         for name, source in phase.blend.items():
-            sizes = [Path(f"{source.path}{suffix}").stat().st_size for suffix in (".bin", ".idx")]
-            described[f"data.phases.{phase_name}.blend.{name}"] = "/".join(map(str, sizes))
+            described[f"data.phases.{phase_name}.blend.{name}"] = indexed_hash(source.path, cache)
     return described
 
 

@@ -15,11 +15,13 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from nemo_align.data.cache_folder import writing_cache
 from nemo_align.runtime.topology import Topology
 from nemo_align.training.metrics import write_atomically
 
@@ -27,6 +29,7 @@ logger = logging.getLogger("nemo_align")
 
 # A kill loses what was computed since the last part; each part costs a flush to the disk.
 PUBLISH_SECONDS = 5.0
+_ABOUT = "about.json"
 
 
 class ExampleCache:
@@ -42,7 +45,8 @@ class ExampleCache:
             names: of the values stored for each example.
         """
         key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.directory = Path(root) / kind / key
+        self._root = Path(root)
+        self.directory = self._root / kind / key
         self.kind = kind.replace("_", " ")
         self.names = names
         self._identity = identity
@@ -94,7 +98,7 @@ class ExampleCache:
                 self.flush()
 
     def flush(self) -> None:
-        """Publish what was added since the last part."""
+        """Publish what was added since the last part. Raises ValueError with path and cause if that cannot be done."""
         self._published = time.monotonic()
         if not self._pending:
             return
@@ -111,25 +115,43 @@ class ExampleCache:
         return {name: rows[:, column].copy() for column, name in enumerate(self.names)}
 
     def _publish(self, fingerprints: list[bytes], ordered: list[np.ndarray]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        about = self.directory / "about.json"
-        if not about.exists():
-            write_atomically(about, json.dumps({"identity": self._identity, "layout": self._layout}, indent=2) + "\n")
         # Runs that share the cache folder write parts of their own.
         part = self.directory / f"part_{self._num_parts:06d}_{secrets.token_hex(4)}.npz"
         pending = part.with_suffix(".pending")
-        with pending.open("wb") as file:
-            keys = np.frombuffer(b"".join(fingerprints), dtype=np.uint8).reshape(len(fingerprints), -1)
-            np.savez(file, fingerprints=keys, **dict(zip(self.names, ordered, strict=True)))
-            file.flush()
-            os.fsync(file.fileno())
-        pending.rename(part)
+        with writing_cache(self._root):
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                about = self.directory / _ABOUT
+                if not about.exists():
+                    described = {"identity": self._identity, "layout": self._layout}
+                    write_atomically(about, json.dumps(described, indent=2) + "\n")
+                with pending.open("wb") as file:
+                    keys = np.frombuffer(b"".join(fingerprints), dtype=np.uint8).reshape(len(fingerprints), -1)
+                    np.savez(file, fingerprints=keys, **dict(zip(self.names, ordered, strict=True)))
+                    file.flush()
+                    os.fsync(file.fileno())
+                pending.rename(part)
+            except OSError:
+                with suppress(OSError):
+                    pending.unlink(missing_ok=True)
+                raise
 
     def _warn_of_layout(self) -> None:
-        about = self.directory / "about.json"
+        about = self.directory / _ABOUT
         if not self._values or not about.exists():
             return
-        earlier = json.loads(about.read_text())["layout"]
+        try:
+            earlier = json.loads(about.read_text(encoding="utf-8"))["layout"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning(
+                "%s cannot be read (%s), so whether %s are of another layout is not known; they are reused",
+                about,
+                error,
+                self.kind,
+            )
+            with suppress(OSError):
+                about.unlink()  # the next part writes it anew
+            return
         if earlier != self._layout:
             logger.warning(
                 "%s were computed under the layout %s and are reused under %s: they agree to rounding, so the first "

@@ -32,7 +32,9 @@ class MetricsWriter:
         self._stream = None
 
     def resume(self, step: int) -> None:
-        """Forget records after `step` (those of steps that a resumed run trains again) and a torn last line."""
+        """Forget records after `step` (those of steps that a resumed run trains again) and a torn last line.
+
+        Raises ValueError if the file cannot be written, with path and cause; `write` too."""
         self._replace([record for record in read_metrics(self.path) if record.get("step", 0) <= step])
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -50,10 +52,7 @@ class MetricsWriter:
             if stream is not None:
                 with suppress(OSError):  # closing tries once more to write what did not fit
                     stream.close()
-            raise ValueError(
-                f"{self.path} cannot be written: {error.strerror}. Mend that and start the same command again: it goes "
-                "on from the last checkpoint"
-            ) from None
+            raise _unwritable(self.path, error) from None
 
     def close(self) -> None:
         if self._stream is not None:
@@ -117,13 +116,27 @@ def finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, sees the old or the new one whole."""
+    """Replace a file so that a reader, or a crash, sees the old or the new one whole.
+
+    Raises ValueError with path and cause if that cannot be done; then the old one stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{path} cannot be written: {error.strerror}. Mend that and start the same command again: it goes on from the "
+        "last checkpoint"
+    )
 
 
 def _key(record: Mapping[str, Any]) -> tuple:

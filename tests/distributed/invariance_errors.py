@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tests.distributed import invariance_report
-from tests.distributed.invariance_design import ARCHITECTURES
+from tests.distributed.invariance_design import ALL_ARCHITECTURES
 from tests.distributed.invariance_runs import LR, STEPS
 from tests.distributed.stage_runs import numbers
 from tests.oracle.checkpoints import read_megatron
@@ -61,7 +61,7 @@ class Errors:
 
 def compare(case: Case, run_dir: Path, records: list[dict], expected: Outcome, *, bf16: bool = False) -> Errors:
     """Distances of the run in `run_dir`. Asserts what must be equal: names of metrics and tensors, counts, zeros."""
-    arch = ARCHITECTURES[case["architecture"]]
+    arch = ALL_ARCHITECTURES[case["architecture"]]
     checkpoints = run_dir / "checkpoints"
     errors = Errors()
     _compare_records("text" if case["objective"] == "pretrain" else "rows", records, expected, errors)

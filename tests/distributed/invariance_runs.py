@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed.invariance_design import ARCHITECTURES, PREFERENCES
+from tests.distributed.invariance_design import ALL_ARCHITECTURES, PREFERENCES
 from tests.oracle import data
 from tests.oracle.checkpoints import write_hugging_face
 from tests.oracle.model import Weights, random_weights
@@ -54,7 +54,7 @@ class Models:
 
     def weights(self, case: Case, *, bf16: bool = False) -> Weights:
         """What a run starts from. bf16: rounded as the package rounds; a reward head stays in fp32."""
-        arch = ARCHITECTURES[case["architecture"]]
+        arch = ALL_ARCHITECTURES[case["architecture"]]
         reward = case["objective"] == "regression"
         weights = random_weights(arch, seed=11, attributes=len(ATTRIBUTES) if reward else None)
         if bf16:
@@ -65,7 +65,7 @@ class Models:
         reward = case["objective"] == "regression"
         path = self.folder / f"{case['architecture'].replace(' ', '_')}{'_reward' if reward else ''}"
         if not path.exists():
-            arch = ARCHITECTURES[case["architecture"]]
+            arch = ALL_ARCHITECTURES[case["architecture"]]
             write_hugging_face(path, self.weights(case), arch, ATTRIBUTES if reward else None)
         return path
 
@@ -201,7 +201,7 @@ def batches_of(case: Case, inputs: StageInputs) -> tuple[list[list[data.Example]
 def oracle_of(case: Case, inputs: StageInputs, models: Models, *, bf16: bool = False) -> Outcome:
     """The run in plain fp64. bf16: from weights of that format."""
     resolution = RESOLUTION["bf16" if bf16 else "fp32"]
-    arch = ARCHITECTURES[case["architecture"]]
+    arch = ALL_ARCHITECTURES[case["architecture"]]
     weights = models.weights(case, bf16=bf16)
     batches, held_out = batches_of(case, inputs)
     if case["objective"] in PREFERENCES:

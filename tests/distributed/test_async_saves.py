@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,53 @@ def test_a_save_beside_the_steps_equals_one_that_stops_them(
         assert files == sorted(path.relative_to(beside) for path in beside.rglob("*") if path.is_file())
         for file in files:
             assert (at_once / file).read_bytes() == (beside / file).read_bytes(), file
+
+
+SLOW_SECONDS = 2.0  # that writing takes
+
+
+def save_slowly(topology, folder: str, tokenizer: str) -> list[tuple[int, float, float]]:
+    """Two saves beside steps and one that is waited for: (steps meanwhile, seconds blocked, seconds in all) of each."""
+    from nemo_align.checkpoint.saver import Saver
+    from nemo_align.checkpoint.snapshot import Snapshot
+    from nemo_align.runtime.agreement import highest
+
+    write = Snapshot.write
+
+    def write_slowly(snapshot: Snapshot, *args):
+        time.sleep(SLOW_SECONDS)
+        return write(snapshot, *args)
+
+    run = runs.build(topology)
+    runs.step(run, 0)
+    saver, found = Saver(folder, topology), []
+    Snapshot.write = write_slowly
+    try:
+        for number in (1, 2):
+            saver.start(number, **arguments(run, number, tokenizer))
+            report, steps = None, 0
+            while report is None:  # what the training loop does
+                runs.step(run, steps)
+                steps += 1
+                report = saver.advance(highest(topology, [saver.status])[0])
+            found.append((steps, report.blocked_seconds, report.background_seconds))
+        saver.start(3, **arguments(run, 3, tokenizer), copy=False)
+        report = saver.wait()
+        found.append((0, report.blocked_seconds, report.background_seconds))
+    finally:
+        Snapshot.write = write
+    return found
+
+
+def test_a_slow_disk_hardly_blocks_the_steps(pool2: WorkerPool, tokenizer: str, tmp_path: Path) -> None:
+    for of_rank in pool2.run(with_topology, save_slowly, {"data": 2}, str(tmp_path), tokenizer):
+        print(of_rank)
+        *beside, waited = of_rank
+        for steps, blocked, seconds in beside:
+            assert seconds >= SLOW_SECONDS and blocked < seconds / 4, of_rank
+            assert steps >= 10, of_rank
+        # The measure itself: all of the writing blocks whoever waits for it.
+        assert waited[1] >= SLOW_SECONDS, of_rank
 
 
 def save_with_a_full_disk(topology, folder: str, tokenizer: str) -> list[str]:

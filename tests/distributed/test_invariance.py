@@ -9,7 +9,7 @@ The cases are a pairwise design (invariance_design.py): objective, micro-batch (
 ramp, preference terms, DP 1/2/3, TP 1/2/4, SP, PP 1/2/4, VP 1/2, distributed optimizer, overlap, architecture (KV
 groups fewer than TP, a vocabulary that no TP divides, heads that do not add up to the hidden size), accumulation,
 recomputation, clipping, schedule. 42 of 1,572,480 combinations, every feasible pair of levels covered. The fast tier
-runs those 9 that have every level once.
+runs those 9 that have every level once. Beside the design stand 5 cases of PP 4 x VP 2 with a model of eight layers.
 
 The tolerances and their reasons stand in invariance_errors.py, and the terminal summary prints the largest errors:
 metrics within 5e-6 of max(1, |value|), gradients within 1e-5 of the largest element of their tensor, weights within
@@ -20,14 +20,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.invariance_design import BLOCKS, DESIGN, REPRESENTATIVES, name_of
+from tests.distributed.invariance_design import ALL_ARCHITECTURES, BLOCKS, DEEP_CASES, DESIGN, REPRESENTATIVES, name_of
 from tests.distributed.invariance_errors import check_fp32, compare
 from tests.distributed.invariance_runs import Models, oracle_of, overrides_of, parallel_of, verb_of, world_size
 from tests.distributed.stage_runs import run_stage
 from tests.oracle.pairwise import Case, feasible_pairs, number_of_cases, pairs_of
 
 FAST = [pytest.param(case, id=name_of(case)) for case in REPRESENTATIVES]
-REST = [pytest.param(case, id=name_of(case), marks=pytest.mark.full) for case in DESIGN if case not in REPRESENTATIVES]
+REST = [
+    pytest.param(case, id=name_of(case), marks=pytest.mark.full)
+    for case in (*DESIGN, *DEEP_CASES)
+    if case not in REPRESENTATIVES
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +60,11 @@ def test_the_design_covers_every_feasible_pair():
     }
     assert len(DESIGN) < 50 and f"{len(DESIGN)} of {number_of_cases(BLOCKS):,} combinations" in __doc__
     assert f"those {len(REPRESENTATIVES)} that have every level once" in __doc__.replace("\n", " ")
+
+
+def test_the_cases_beside_the_design_have_every_family_of_objectives():
+    assert {verb_of(case) for case in DEEP_CASES} == {"pretrain", "sft", "reward", "preference"}
+    for case in DEEP_CASES:
+        assert (case["pipeline"], case["virtual_pipeline"], world_size(case)) == (4, 2, 4)
+        assert ALL_ARCHITECTURES[case["architecture"]].layers == 8
+    assert f"{len(DEEP_CASES)} cases of PP 4 x VP 2" in __doc__

@@ -1,10 +1,12 @@
 """What the training loop promises besides the numbers of a plain run: when it validates, how batches grow, what
-clipping does, what happens at a loss that is not finite, what is carried over and what is written at the end."""
+clipping does, what happens at a loss or a gradient that is not finite, what is carried over and what is written at the
+end."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ def overrides_of(inputs: StageInputs, verb: str, policy: Path | None, *extra: st
 
 def weights_of(path: Path, *, optimizer: bool = False) -> dict:
     """All tensors of a checkpoint's model (and optimizer, from a final save) without vocabulary padding."""
-    from nemo_align.checkpoint.storage import TensorReader
+    from nemo_align.checkpoint.streaming.torch_dist import TensorReader
 
     reader = TensorReader(path)
     names = [name for name in reader.names() if optimizer or not name.startswith("optimizer.")]
@@ -164,6 +166,38 @@ def test_skipping_has_a_limit(pool1, poisoned, tmp_path):
     assert "step 2: loss inf" in str(caught.value) and "2 steps in a row were not finite" in str(caught.value)
 
 
+@pytest.fixture
+def steep(poisoned) -> list[str]:
+    """The same pairs; fp32 holds the square of the gap under this scale, but not that of its gradient at this beta."""
+    return [*poisoned, "preference.gt_reward_scale=1e18", "preference.ref_policy_kl_penalty=1e4"]
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"data": 2}], ids=str)
+def test_a_gradient_that_is_not_finite_is_skipped_whatever_the_loss(layout, pool1, pool2, steep, tmp_path):
+    overrides = [*steep, "train.nonfinite=skip"]
+    records = run_stage(pool2 if layout else pool1, "preference", tmp_path / "run", overrides, layout)
+    train = numbers(records, "train")
+    assert [record.get("nonfinite", []) for record in train] == [[], ["grad_norm"], []]
+    assert train[1]["grad_norm"] is None and 1e34 < train[1]["loss"] < math.inf
+    first, second, third = (checkpoint(tmp_path / "run", step) for step in (1, 2, 3))
+    assert_equal(weights_of(second), weights_of(first))
+    assert distance(weights_of(second), weights_of(third)) > 0
+    assert all(bool(value.isfinite().all()) for value in weights_of(third, optimizer=True).values())
+    state = json.loads((third / "manifest.json").read_text())["state"]
+    assert (state["step"], state["skipped_steps"], state["consumed_examples"]) == (3, 1, 30)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=str)
+def test_a_gradient_that_is_not_finite_stops_before_the_update(layout, pool1, pool2, steep, tmp_path):
+    with pytest.raises(RemoteError) as caught:
+        run_stage(pool2 if layout else pool1, "preference", tmp_path / "run", steep, layout)
+    assert caught.value.type_name == "ValueError"
+    [loss, norm] = re.findall(r"step 2: loss (\S+), gradient norm (\S+):", str(caught.value))[0]
+    assert math.isfinite(float(loss)) and float(norm) == math.inf
+    assert "stopped before the update; the last checkpoint is good" in str(caught.value)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000001"]
+
+
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"data": 2}], ids=str)
 def test_adams_moments_are_carried_over_if_asked_for(layout, pool1, pool2, stage_inputs, policy, tmp_path):
     """The first gradient g is the same: moments from zero are (1 - beta) g, carried over they have beta m0 besides."""
@@ -262,3 +296,28 @@ def test_a_new_reward_head_starts_at_the_mean_label(pool1, stage_inputs, policy,
             np.abs(labels - mean).mean(), rel=1e-5
         )
         assert from_zero[key] == pytest.approx(np.abs(labels).mean(), rel=0.02)
+
+
+@pytest.mark.parametrize("verb, ranks, rows", [("sft", 3, 1), ("reward", 3, 2), ("preference", 2, 1)])
+@pytest.mark.parametrize("length", [["train.epochs=1"], ["train.epochs=2.5"], ["train.max_steps=2"]], ids=str)
+def test_fewer_rows_than_ranks_or_than_a_batch(verb, ranks, rows, length, pools, stage_inputs, policy, tmp_path):
+    """One epoch is one short batch, in which ranks have nothing to do; batches of more go over the rows again. Each
+    row counts once in its batch: the numbers are those of one rank. One held-out row leaves ranks without work too."""
+    kind = {"sft": "dialogues", "reward": "rated", "preference": "pairs"}[verb]
+    for split, name, count in (("train", kind, rows), ("validation", f"{kind}_held_out", 1)):
+        lines = stage_inputs.rows(name).read_text().splitlines(keepends=True)
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines[:count]))
+    own = [f"data.{split}.rows.path={tmp_path}/{split}.jsonl" for split in ("train", "validation")]
+    overrides = overrides_of(stage_inputs, verb, policy, *own, *length)
+    overrides = [text for text in overrides if text != "train.max_steps=3"]
+    one = run_stage(pools(1), verb, tmp_path / "one", overrides)
+    many = run_stage(pools(ranks), verb, tmp_path / "many", overrides, {"data": ranks})
+    steps = {"train.epochs=1": 1, "train.epochs=2.5": 1, "train.max_steps=2": 2}[length[0]]
+    assert [record["step"] for record in numbers(many, "train")] == list(range(1, steps + 1))
+    assert len(numbers(many, "validation")) == 2
+    for record in ("train", "validation"):
+        for expected, actual in zip(numbers(one, record), numbers(many, record), strict=True):
+            assert actual == pytest.approx(expected, rel=2e-4, abs=2e-5, nan_ok=True)
+    for name, weights in weights_of(checkpoint(tmp_path / "one", steps)).items():
+        found = weights_of(checkpoint(tmp_path / "many", steps))[name]
+        assert float((found - weights).abs().max()) <= 2e-5, name  # of updates of up to 1e-3

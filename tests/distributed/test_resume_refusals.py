@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+from nemo_align.data.indexed import check_indexed_dataset, write_indexed_dataset
 from tests.distributed.pool import RemoteError
 from tests.distributed.stage_runs import run_stage
-from tests.stage_inputs import stage_overrides
+from tests.stage_inputs import VOCABULARY, stage_overrides
 
 
 def test_a_changed_training_file_is_named(pool1, stage_inputs, policy, tmp_path) -> None:
@@ -31,3 +33,35 @@ def test_a_changed_training_file_is_named(pool1, stage_inputs, policy, tmp_path)
     assert caught.value.type_name == "ValueError" and "the training data changed since the checkpoint" in message
     assert f": {key.removesuffix('.path')} ({rows}) has other content. A resumed run would read other rows" in message
     assert "Restore the data and data.* settings, or start in another run_dir with checkpoint.init_from=" in message
+
+
+def documents(prefix) -> list[np.ndarray]:
+    """Of a set whose sequences are its documents."""
+    info = check_indexed_dataset(prefix)
+    lengths = np.fromfile(f"{prefix}.idx", dtype="<i4", offset=34, count=info.num_sequences)
+    return np.split(np.fromfile(f"{prefix}.bin", dtype=info.dtype), np.cumsum(lengths)[:-1])
+
+
+@pytest.mark.parametrize("lengths", ["of several lengths", "of one length"])
+def test_a_blend_in_another_order_is_named(lengths: str, pool1, stage_inputs, policy, tmp_path) -> None:
+    """Neither file changes its size; where documents are of one length, the index stays as it is."""
+    blend = tmp_path / "blend"
+    before = documents(stage_inputs.blend)
+    if lengths == "of one length":
+        shortest = min(map(len, before))
+        before = [document[:shortest] for document in before]
+    write_indexed_dataset(blend, before, vocab_size=VOCABULARY, eod=None)
+    key = "data.phases.second.blend.text"
+    overrides = [*stage_overrides(stage_inputs, "pretrain"), f"checkpoint.init_from={policy}", f"{key}.path={blend}"]
+    run_stage(pool1, "pretrain", tmp_path / "run", overrides)
+    (tmp_path / "run" / "result.json").unlink()
+    sizes = [blend.with_suffix(suffix).stat().st_size for suffix in (".bin", ".idx")]
+    write_indexed_dataset(blend, before[::-1], vocab_size=VOCABULARY, eod=None)
+    assert sizes == [blend.with_suffix(suffix).stat().st_size for suffix in (".bin", ".idx")]
+    with pytest.raises(RemoteError) as caught:
+        run_stage(pool1, "pretrain", tmp_path / "run", overrides)
+    message = str(caught.value)
+    assert caught.value.type_name == "ValueError" and "the training data changed since the checkpoint" in message
+    assert f": {key} ({blend}) has other content. A resumed run would read other rows" in message
+    write_indexed_dataset(blend, before, vocab_size=VOCABULARY, eod=None)  # restored, as the message says
+    run_stage(pool1, "pretrain", tmp_path / "run", overrides)

@@ -48,6 +48,7 @@ ROWS = {
     "deep": ("sft", "train", put(2, "[" * 100_000), ":2: nested too deeply"),
     "long number": ("sft", "train", put(2, '{"messages": ' + "9" * 5000 + "}"), ":2: not valid JSON: Exceeds"),
     "no rows": ("sft", "train", lambda lines: ["", " "], ": no rows"),
+    "one response twice": ("preference", "train", change(5, chosen="a", rejected="a"), ":5: rejected: the same text"),
     "empty response": ("preference", "train", change(2, rejected=" "), ":2: rejected: empty response"),
     "one reward": ("preference", "validation", change(3, rejected_reward=None), ":3: rejected_reward: missing while"),
     "inverted": ("preference", "train", change(6, rejected_reward=99), ":6: chosen_reward: "),

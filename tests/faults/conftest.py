@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,23 +11,24 @@ import pytest
 from tests.faults import cases, checks
 from tests.faults.cases import Case, FaultInputs
 from tests.faults.checks import Undisturbed
-from tests.faults.report import Ledger
+from tests.faults.report import LEDGER, Ledger
 from tests.faults.runs import Job, job
-
-_LEDGER = Ledger()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _LEDGER.used:
+    if LEDGER.used:
         terminalreporter.section("faults")
-        for line in _LEDGER.lines():
+        for line in LEDGER.lines():
             terminalreporter.write_line(line)
-        _LEDGER.write()
+        LEDGER.write()
 
 
 @pytest.fixture(scope="session")
-def ledger() -> Ledger:
-    return _LEDGER
+def ledger() -> Iterator[Ledger]:
+    """The session's figures, which must be those that were asked for: of all tests, or of the ones selected."""
+    yield LEDGER
+    shortfalls = LEDGER.shortfalls()
+    assert not shortfalls, shortfalls
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from tests.faults.cases import VALIDATE_EVERY
-from tests.faults.runs import Attempt, Moment
+from tests.faults.runs import STEP, Attempt, Moment
 
 # In the order in which a run comes to them.
 TRAINING = (
@@ -84,9 +84,29 @@ def _exporting(attempt: Attempt, stage: str) -> bool:
     return bool(attempt.lines(stage)) and (attempt.job.run_dir / stage / "result.json").exists()
 
 
+def is_in(name: str, attempt: Attempt) -> bool:
+    """Whether the run is in that phase right now, as far as its files tell."""
+    stage, _, phase = name.rpartition(": ")
+    if phase == "start-up":
+        return not attempt.lines(stage)
+    if phase == "step":
+        return bool(attempt.steps(stage))
+    if phase == "reference pass":
+        return not attempt.steps(stage) and any("nemo_align: reference " in line for line in attempt.lines(stage))
+    if phase == "validation":
+        return _in_validation(attempt, stage)
+    if phase in ("save begun", "save written"):
+        return bool(_pending(attempt, stage))
+    return True
+
+
 def _in_validation(attempt: Attempt, stage: str) -> bool:
-    steps = attempt.steps(stage)
-    return bool(steps) and steps[-1] % VALIDATE_EVERY == 0 and "held out" not in attempt.lines(stage)[-1]
+    """Between the line of a step that is validated and that of the validation."""
+    steps, lines = attempt.steps(stage), attempt.lines(stage)
+    if not steps or steps[-1] % VALIDATE_EVERY:
+        return False
+    since = next(index for index in reversed(range(len(lines))) if STEP.search(lines[index]))
+    return not any("held out" in line for line in lines[since:])
 
 
 def _pending(attempt: Attempt, stage: str) -> list[Path]:

@@ -19,9 +19,12 @@ class Ledger:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
+        self.planned_kills: Counter[str] = Counter()  # case: what the tests that ran set out to do
+        self.planned_stops: Counter[tuple[str, str, str]] = Counter()  # case, phase, signal
         self.kills: Counter[tuple[str, str, str]] = Counter()  # case, phase, victim
+        self.mended: Counter[str] = Counter()  # victim: kills that the launcher itself mended
         self.stops: Counter[tuple[str, str, str]] = Counter()  # case, phase, signal
-        self.late: Counter[str] = Counter()  # phase: the command had ended before
+        self.late: Counter[str] = Counter()  # phase: over before the command was struck, which was then tried again
         self.faults: Counter[str] = Counter()  # other disturbances survived, by kind
         self.most_lost = 0
         self.most_lost_after_stop = 0
@@ -29,15 +32,22 @@ class Ledger:
         self.refused = 0  # damaged checkpoints that a run did not use
         self.equal_ends = 0
         self.longest_hang = 0.0  # seconds from the freezing of a rank to the restart
+        self.ends_checked = 0  # ends of a command after which processes were looked for
+        self.ports_checked = 0  # of these, such of which ports were known
+        self.longest_vanishing = 0.0  # seconds from a command's end to that of its processes and ports
+        self.mounts: Counter[str] = Counter()  # disks of the tests' own, mounted or not permitted
 
     def figures(self) -> dict:
         """All of it as JSON values."""
         return {
-            "kills": sum(self.kills.values()),
+            "kills": self.kills.total(),
+            "kills_planned": self.planned_kills.total(),
             "kills_by_victim": _summed(self.kills, 2),
             "kills_by_phase": _summed(self.kills, 1),
             "kills_by_case": _summed(self.kills, 0),
-            "stop_signals": sum(self.stops.values()),
+            "kills_mended_by_the_launcher": self.mended.total(),
+            "stop_signals": self.stops.total(),
+            "stop_signals_by_signal": _summed(self.stops, 2),
             "stop_signals_by_phase": _summed(self.stops, 1),
             "stop_signals_by_case": _summed(self.stops, 0),
             "too_late": dict(self.late),
@@ -48,6 +58,10 @@ class Ledger:
             "damaged_checkpoints_refused": self.refused,
             "ends_equal_to_the_last_bit": self.equal_ends,
             "most_seconds_from_frozen_rank_to_restart": round(self.longest_hang, 1),
+            "ends_without_a_process_left": self.ends_checked,
+            "ends_without_a_port_left": self.ports_checked,
+            "most_seconds_until_all_was_gone": round(self.longest_vanishing, 1),
+            "disks": dict(self.mounts),
             "seed": seed(),
             "seconds": round(time.monotonic() - self.started),
         }
@@ -62,6 +76,19 @@ class Ledger:
             texts.append(f"{name.replace('_', ' ')}: {value}")
         return texts
 
+    def shortfalls(self) -> list[str]:
+        """What the tests that ran set out to do and did not: none of it is a pass."""
+        kills = _summed(self.kills, 0)
+        found = [
+            f"{case}: {kills.get(case, 0)} of {planned} kills"
+            for case, planned in self.planned_kills.items()
+            if kills.get(case, 0) < planned
+        ]
+        found += [f"{signal} in {case} at {phase}" for case, phase, signal in self.planned_stops - self.stops]
+        if self.ends_checked and not self.ports_checked:
+            found.append("no port was ever looked for")
+        return found
+
     def write(self) -> None:
         """Write the JSON file if the environment names one."""
         if path := os.environ.get(REPORT_VARIABLE):
@@ -72,8 +99,11 @@ class Ledger:
         return bool(self.kills or self.stops or self.faults)
 
 
+LEDGER = Ledger()  # of this session
+
+
 def number_of_kills() -> int:
-    """Kills to make in all."""
+    """Kills to make in all by test_kills.py."""
     return int(os.environ.get(KILLS_VARIABLE, DEFAULT_KILLS))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import signal
@@ -16,11 +15,13 @@ from pathlib import Path
 import psutil
 
 from tests.end_to_end.commands import command, environment
+from tests.faults import remains
 
 TOKEN = "NEMO_ALIGN_FAULT_RUN"  # in the environment of everything that a run starts
 POLL_SECONDS = 0.003
+LOOK_SECONDS, LOOK_AGAIN_SECONDS = 0.25, 1.0  # between looks for ports: until some are found, and then
 ATTEMPT_SECONDS = 900.0  # for a run of seconds: the machine may do much else; only a run that hangs takes so long
-_STEP = re.compile(r"INFO nemo_align: (?!reference |score )\S+ (\d+)/(\d+)  ")
+STEP = re.compile(r"INFO nemo_align: (?!reference |score )\S+ (\d+)/(\d+)  ")
 _RESUMED = re.compile(r"resumed (\S+) at step (\d+) of \d+")
 
 
@@ -68,7 +69,9 @@ class Attempt:
     def __init__(self, job: Job, number: int, extra: Sequence[str]) -> None:
         self.job = job
         self.output = job.folder / f"output_{number}.txt"
-        self.sockets: set[int] | None = None  # that the run listened on, by inode, once it has started
+        self.known: set[remains.Identity] = set()  # processes that the run was seen to have
+        self.sockets: set[int] = set()  # that they were seen to listen on, by inode
+        self._next_look = 0.0
         self._offsets = {path: path.stat().st_size for path in job.logs()}
         self._lines: dict[Path, list[str]] = {}
         variables = {**environment(), TOKEN: job.token, "TMPDIR": str(job.temporary)}
@@ -103,7 +106,7 @@ class Attempt:
 
     def steps(self, stage: str = "") -> list[int]:
         """Training steps since this start, or since the launcher's last restart within it."""
-        found = [int(match[1]) for line in self.lines(stage) if (match := _STEP.search(line))]
+        found = [int(match[1]) for line in self.lines(stage) if (match := STEP.search(line))]
         begin = max((index for index in range(1, len(found)) if found[index] <= found[index - 1]), default=0)
         return found[begin:]
 
@@ -131,20 +134,24 @@ class Attempt:
                 return reached(self)
             if time.monotonic() > deadline:
                 raise AssertionError(f"nothing after {timeout:g} s; the command said\n{self.said()[-4000:]}")
-            if self._lines and self.sockets is None:
-                self.sockets = _sockets(self.job.processes()) & listening_sockets()
+            if time.monotonic() >= self._next_look:
+                self._look()
             time.sleep(POLL_SECONDS)
         return True
 
     def wait(self, timeout: float = ATTEMPT_SECONDS) -> int:
         """The exit code."""
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"no end after {timeout:g} s; the command said\n{self.said()[-4000:]}") from None
+        self.wait_until(lambda _: False, timeout)
+        return self.process.returncode
+
+    def trained(self) -> bool:
+        """Whether this start, and not another one in the same folder, trained a step."""
+        return STEP.search(self.said()) is not None
 
     def send(self, number: int) -> None:
         """Send a signal to the command alone."""
+        if not self.sockets:
+            self._look()
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
@@ -153,6 +160,8 @@ class Attempt:
         if victim == "command":
             self.send(signal.SIGKILL)
             return []
+        if not self.sockets:
+            self._look()
         killed = []
         for rank, process in self.ranks().items():
             if victim in ("all", f"rank {rank}"):
@@ -168,6 +177,13 @@ class Attempt:
                 process.kill()
         self.process.wait()
 
+    def _look(self) -> None:
+        """Note processes and ports. Whatever is killed first may have opened them late: hence again and again."""
+        found = remains.identities(process.pid for process in self.job.processes())
+        self.known |= found
+        self.sockets |= remains.held_by(found) & remains.listening()
+        self._next_look = time.monotonic() + (LOOK_AGAIN_SECONDS if self.sockets else LOOK_SECONDS)
+
 
 @contextlib.contextmanager
 def job(arguments: Sequence[str], folder: Path, run_dir: Path | None = None) -> Iterator[Job]:
@@ -179,27 +195,6 @@ def job(arguments: Sequence[str], folder: Path, run_dir: Path | None = None) -> 
     finally:
         for attempt in opened.attempts:
             attempt.end()
-
-
-def listening_sockets() -> set[int]:
-    """Inodes of all TCP sockets of this machine that listen. Ports would not do: they soon belong to somebody else."""
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(FileNotFoundError):
-            fields = (line.split() for line in Path(table).read_text().splitlines()[1:])
-            found |= {int(field[9]) for field in fields if field[3] == "0A"}  # TCP_LISTEN
-    return found
-
-
-def _sockets(processes: list[psutil.Process]) -> set[int]:
-    found = set()
-    for process in processes:
-        with contextlib.suppress(OSError):
-            for entry in Path(f"/proc/{process.pid}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry)):
-                        found.add(int(match[1]))
-    return found
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,19 @@ MEGABYTE = 1 << 20
 
 
 @pytest.mark.parametrize(
-    "left, saves",
+    "case, left, saves",
     [
-        ("nothing", "beside the steps"),
-        ("less than a checkpoint", "between the steps"),
-        ("hardly more than its tensors", "beside the steps"),
+        ("sft", "nothing", "beside the steps"),
+        ("sft", "less than a checkpoint", "between the steps"),
+        ("sft", "hardly more than its tensors", "beside the steps"),
+        ("reward", "less than a checkpoint", "beside the steps"),  # TP 2
+        ("preference", "nothing", "between the steps"),  # PP 2
     ],
 )
-def test_a_disk_that_fills_up(left, saves, undisturbed, disturbed, ledger, tmp_path):
+def test_a_disk_that_fills_up(case, left, saves, undisturbed, disturbed, ledger, tmp_path):
     asynchronous = f"checkpoint.asynchronous={str(saves == 'beside the steps').lower()}"
     with disk(tmp_path / "disk", "size=48m") as small:
-        job = disturbed("sft", run_dir=small.path / "run")
+        job = disturbed(case, run_dir=small.path / "run")
         attempt = job.start(asynchronous)
         assert attempt.wait_until(lambda one: len(_saves(one)) >= 1), attempt.said()
         tensors = round(_saves(attempt)[0]["save/gigabytes"] * 1e9)
@@ -48,7 +50,7 @@ def test_a_disk_that_fills_up(left, saves, undisturbed, disturbed, ledger, tmp_p
         assert again.process.returncode == exit_codes.SUCCESS, again.said()
         ledger.most_lost = max(ledger.most_lost, checks.went_on(again, before))
         checks.no_temporary_files(job)
-        checks.equal(undisturbed("sft").outcomes, checks.outcomes(job.run_dir))
+        checks.equal(undisturbed(case).outcomes, checks.outcomes(job.run_dir))
     ledger.faults["full disk"] += 1
     ledger.equal_ends += 1
 

@@ -30,7 +30,7 @@ def test_killed_ranks_are_started_again(undisturbed, disturbed, ledger):
         time.sleep(chance.uniform(0, 0.05))
         assert attempt.strike(victim), attempt.said()
         assert attempt.wait_until(lambda one, n=number: one.said().count("\nrestart ") >= n), attempt.said()
-        ledger.kills["sft", "step, restarted by the launcher", victim] += 1
+        ledger.mended[victim] += 1
     assert attempt.wait() == exit_codes.SUCCESS, attempt.said()
     assert "was killed by SIGKILL; resuming from checkpoints/step_" in attempt.said()
     _ends_equal(attempt, undisturbed, ledger)

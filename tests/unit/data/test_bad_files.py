@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import pytest
 
 from nemo_align.config.data import RowsConfig
 from nemo_align.data.cache_key import content_hash
+from nemo_align.data.prepare_pretraining import prepare_pretraining
 from nemo_align.data.rows import Row, read_rows
 from nemo_align.data.tokenized_rows import TokenizedRows
 from nemo_align.data.tokenizer import Tokenizer
 from tests.bad_input_tally import tried
-from tests.unit.data.bad_rows_corpus import chat
+from tests.unit.data.bad_rows_corpus import LABELS, VALID, chat
 from tests.unit.data.test_bad_rows import rejects, tokenize
 
 GOOD = {"messages": chat("q", "a")}
+PAIR = VALID["pair", "prompt_chosen_rejected"]
 LINE = json.dumps(GOOD).encode()
 
 
@@ -199,21 +202,89 @@ def test_parquet(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert said.startswith(f"{path}: ") and ("cannot be read" in said or "damaged" in said)
 
 
-def test_a_line_of_ten_megabytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Too long, or no JSON: named with the line, and the message does not quote it."""
+LONG = 10_000_000  # letters of a line
+LONG_SECONDS = 30.0  # for one such line: ten times what the longest takes on a busy machine
+WORDS = "word " * (LONG // 5)
+# kind of rows -> (a good row, [(a row of that length, what the message says behind file and line)])
+LONG_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "dialogue": (GOOD, [
+        (json.dumps({"messages": chat(WORDS, "a")}), "length: "),
+        ('{"messages": "' + "x" * LONG, "not valid JSON: Unterminated string"),
+        (json.dumps({"messages": [{"role": "x" * LONG, "content": ""}]}), "messages[0].role: unknown role"),
+        (json.dumps({"y" * LONG: 1}), "messages: missing"),
+    ]),
+    "rated": (GOOD | LABELS, [
+        (json.dumps({"messages": chat("q", WORDS)} | LABELS), "length: "),
+        ('{"messages": "' + "x" * LONG, "not valid JSON: Unterminated string"),
+        (json.dumps(GOOD | LABELS | {"helpfulness": "x" * LONG}), "helpfulness: expected a number, found a string"),
+        (json.dumps(GOOD | LABELS)[:-1] + ', "verbosity": ' + "9" * LONG + "}", "not valid JSON: Exceeds the limit"),
+    ]),
+    "pair": (PAIR, [
+        (json.dumps(PAIR | {"rejected": WORDS}), "length: "),
+        (json.dumps(PAIR | {"chosen": WORDS, "rejected": WORDS}), "rejected: the same text as chosen"),
+        ('{"prompt": "' + "x" * LONG, "not valid JSON: Unterminated string"),
+        (json.dumps(PAIR | {"chosen": [{"role": "x" * LONG, "content": ""}]}), "chosen.role: "),
+        (json.dumps(PAIR | {"chosen_reward": "x" * LONG}), "chosen_reward: expected a number, found a string"),
+    ]),
+    "score": (PAIR, [
+        (json.dumps(PAIR | {"rejected": WORDS}), "length: "),
+        (json.dumps({"y" * LONG: 1}), "prompt: missing"),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [(kind, number) for kind, (_, rows) in LONG_ROWS.items() for number in range(len(rows))]
+)
+def test_a_line_of_ten_megabytes(kind: str, number: int, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Too long, or wrong: named with the line in bounded time, and the message does not quote it."""
+    good, rows = LONG_ROWS[kind]
+    content, message = rows[number]
     path = tmp_path / "rows.jsonl"
-    for content, message in (
-        (json.dumps({"messages": chat("word " * 2_000_000, "a")}), "length: "),
-        ('{"messages": "' + "x" * 10_000_000, "not valid JSON: Unterminated string"),
-        (json.dumps({"messages": [{"role": "x" * 10_000_000, "content": ""}]}), "messages[0].role: unknown role"),
-        (json.dumps({"y" * 10_000_000: 1}), "messages: missing"),
-    ):
-        path.write_text(f"{json.dumps(GOOD)}\n{content}\n")
-        said = refused(lambda: tokenize("dialogue", path, tokenizer, overlong="error"))
-        assert said.startswith(f"{path}:2: {message}") and len(said) < 1000
-    path.write_text(content + "\n")
-    said = refused(lambda: tokenize("dialogue", path, tokenizer))
-    assert f"{path}:1: columns: no row format fits yyyy" in said and len(said) < 2000
+    path.write_text(f"{json.dumps(good)}\n{content}\n")
+    began = time.monotonic()
+    said = refused(lambda: tokenize(kind, path, tokenizer, overlong="error"))
+    assert said.startswith(f"{path}:2: {message}") and len(said) < 1000, said[:1000]
+    found = tokenize(kind, path, tokenizer, overlong="error", bad_rows="quarantine")
+    [reject] = rejects(found).values()
+    assert reject["line"] == 2 and len(reject["message"]) < 1000 and reject["raw"] == content
+    took = time.monotonic() - began
+    assert took < 2 * LONG_SECONDS, took
+
+
+def test_the_columns_of_ten_megabytes_are_not_quoted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"y" * LONG: 1}) + "\n")
+    for kind in LONG_ROWS:
+        began = time.monotonic()
+        said = refused(lambda kind=kind: tokenize(kind, path, tokenizer))
+        assert f"{path}:1: columns: no row format fits yyyy" in said and len(said) < 3000
+        assert time.monotonic() - began < LONG_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "' + "x" * LONG, ":1: not valid JSON: Unterminated string"),
+        (json.dumps({"y" * LONG: 1}), ":1: no key 'text' (found: yyyy"),
+        (json.dumps({"text": ["x" * LONG]}), ":1: 'text' is list"),
+        (json.dumps({"text": "x" * LONG + "\ud800"}), ":1: text: half a character"),
+        (json.dumps({"text": WORDS}), None),  # a document may be long
+    ],
+    ids=["cut off", "columns", "a list", "half a character", "a long document"],
+)
+def test_a_document_of_ten_megabytes(line: str, message: str | None, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    began = time.monotonic()
+    if message is None:
+        info = prepare_pretraining([path], tokenizer, tmp_path / "out")
+        assert (info.num_documents, info.num_tokens) == (1, len(tokenizer.encode_text(WORDS)) + 1)
+    else:
+        said = refused(lambda: prepare_pretraining([path], tokenizer, tmp_path / "out"))
+        assert said.startswith(f"{path}{message}") and len(said) < 1000, said[:1000]
+    took = time.monotonic() - began
+    assert took < LONG_SECONDS, took
 
 
 @pytest.mark.parametrize("count", [1, 3])

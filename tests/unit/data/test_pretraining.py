@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from nemo_align.data.indexed import write_indexed_dataset
 from nemo_align.data.pretraining import HeldOutSource, PretrainingPhase, PretrainingSource
 from nemo_align.data.step_plan import StepLayout, plan_windows
 from nemo_align.data.tokenizer import Tokenizer, load_tokenizer
+from tests.distributed.pool import RemoteError
 
 LENGTH = 16
 FIRST_ID = 3  # of the ids that documents are made of; below are unk, bos, eos
@@ -167,11 +170,109 @@ def _is_in_some_order_of(window: list[int], documents: list[list[int]]) -> bool:
     return all(piece.strip() in whole for piece in pieces[1:-1])
 
 
-def test_held_out_set_predicts_every_token_once(folder: Path) -> None:
+def _same_sizes(folder: Path, documents: list[list[int]]) -> tuple[int, int]:
+    """Write the set "english"; returns the sizes of its two files."""
+    write_indexed_dataset(folder / "english", documents, vocab_size=40, eod=2)
+    return tuple((folder / f"english{suffix}").stat().st_size for suffix in (".bin", ".idx"))
+
+
+@pytest.mark.parametrize("lengths", ["of several lengths", "of one length"])
+def test_the_same_documents_in_another_order_are_other_data(lengths: str, folder: Path, tmp_path: Path) -> None:
+    """The sizes of both files stay as they are; documents of one length leave the index as it is too."""
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(5, 40, 20) if lengths == "of several lengths" else [20] * 20
+    documents = [rng.integers(3, 13, int(size)).tolist() for size in sizes]
+    tmp_path_with_tokenizer(folder, tmp_path)
+    before = _same_sizes(tmp_path, documents)
+    first = _source(tmp_path, tmp_path / "cache", english=10)
+    assert _same_sizes(tmp_path, documents[::-1]) == before
+    source = _source(tmp_path, tmp_path / "cache", english=10)
+    assert source.fingerprint != first.fingerprint
+    assert source.fingerprint == _source(tmp_path, tmp_path / "fresh", english=10).fingerprint
+    assert len(list((tmp_path / "cache").glob("pretraining_*"))) == 2  # no index is used for other documents
+    assert all(_is_in_some_order_of(source.window(i).tolist(), documents) for i in range(10))
+    held_out = [_held_out(tmp_path, tmp_path / "cache", "english").fingerprint]
+    _same_sizes(tmp_path, documents)
+    held_out.append(_held_out(tmp_path, tmp_path / "cache", "english").fingerprint)
+    assert len(set(held_out)) == 2
+
+
+def _held_out(folder: Path, cache: Path, name: str, **layout: int) -> HeldOutSource:
+    return HeldOutSource(
+        BlendSourceConfig(path=str(folder / name)),
+        tokenizer=_tokenizer(folder),
+        cache_dir=cache,
+        layout=StepLayout(capacity=LENGTH, **layout),
+        data_rank=0,
+    )
+
+
+@pytest.mark.parametrize("wrong", [40, -1])
+def test_an_id_outside_the_vocabulary_is_named_where_it_is_read(wrong: int, folder: Path, tmp_path: Path) -> None:
+    """Of a large set samples are checked before the run, so a window may be the first to meet it. Megatron-core's
+    dataset would write 0 for -1."""
+    tmp_path_with_tokenizer(folder, tmp_path)
+    vocab_size = _tokenizer(folder).vocab_size
+    wrong = vocab_size if wrong > 0 else wrong
+    documents = [[3, 4, 5] * 10 for _ in range(20)]
+    write_indexed_dataset(tmp_path / "wrong", documents, vocab_size=70_000, eod=2)  # of 32-bit numbers
+    write_indexed_dataset(tmp_path / "good", documents, vocab_size=70_000, eod=2)
+    ids = np.memmap(tmp_path / "wrong.bin", dtype=np.int32, mode="r+")
+    ids[4 * 31 + 7] = wrong  # documents are 31 tokens long with their end
+    ids.flush()
+    message = (
+        rf"wrong\.bin: token 131 \(sequence 5\) has id {wrong}, but the vocabulary has {vocab_size} tokens; "
+        r"set data\.tokenizer"
+    )
+    source = _source(tmp_path, tmp_path / "cache", good=5, wrong=38)  # all of the set
+    assert all(len(source.window(sample)) == LENGTH + 1 for sample in range(5))
+    named = []
+    for sample in range(5, 43):
+        try:
+            assert (source.window(sample) >= 2).all()
+        except ValueError as error:
+            named.append(str(error))
+    assert 1 <= len(named) <= 2 and all(re.search(message, said) for said in named), named
+    held_out = _held_out(tmp_path, tmp_path / "cache", "wrong")
+    held_out.window(0)
+    with pytest.raises(ValueError, match=message):
+        held_out.window(131 // LENGTH)
+
+
+def test_an_id_outside_the_vocabulary_is_found_in_a_blend(pool1, folder: Path, tmp_path: Path) -> None:
+    tmp_path_with_tokenizer(folder, tmp_path)
+    for name in ("english", "code"):
+        write_indexed_dataset(tmp_path / name, [[3, 4, 5] * 10] * 12, vocab_size=40, eod=2)  # read twice
+    ids = np.memmap(tmp_path / "code.bin", dtype=np.uint16, mode="r+")
+    ids[100] = 4000
+    ids.flush()
+    with pytest.raises(RemoteError, match=r"code\.bin: token 100 \(sequence 4\) has id 4000"):
+        pool1.run(_blend_on_rank, tmp_path, tmp_path / "cache")
+
+
+def test_a_full_disk_is_named_while_indices_are_written(folder: Path, tmp_path: Path) -> None:
+    _source(folder, tmp_path / "cache", english=4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))  # bytes: the notes of hashes fit, not the indices
+    try:
+        with pytest.raises(ValueError) as caught:
+            _source(folder, tmp_path / "cache", english=400)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(caught.value)
+    assert said.startswith(f"data.cache_dir: {tmp_path / 'cache'} cannot be written (") and "make room" in said
+    assert _source(folder, tmp_path / "cache", english=400).num_examples == 400
+
+
+def test_held_out_set_predicts_every_token_once(folder: Path, tmp_path: Path) -> None:
     layout = StepLayout(capacity=LENGTH, data_parallel=2, micro_batch_size=2)
     sources = [
         HeldOutSource(
-            BlendSourceConfig(path=str(folder / "code")), tokenizer=_tokenizer(folder), layout=layout, data_rank=rank
+            BlendSourceConfig(path=str(folder / "code")),
+            tokenizer=_tokenizer(folder),
+            cache_dir=tmp_path,
+            layout=layout,
+            data_rank=rank,
         )
         for rank in range(2)
     ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nemo_align.config.data import ChatDataConfig, RowsConfig
-from nemo_align.data.cache_key import cache_key, common_settings, content_hash
+from nemo_align.data.cache_key import cache_key, common_settings, content_hash, indexed_hash
 from nemo_align.data.rows import read_rows
 
 RECORDS = [{"prompt": f"question {n}", "completion": "é\u2028 answer", "n": n} for n in range(25)]
@@ -180,3 +181,36 @@ def test_a_folder_is_hashed_with_its_names(tmp_path: Path) -> None:
     shard = next(path.glob("*.arrow"))
     shard.rename(path / "data-other.arrow")
     assert content_hash(path, tmp_path / "cache") != first
+
+
+def test_a_terabyte_of_token_ids_is_hashed_in_samples(tmp_path: Path) -> None:
+    """Its index whole, its size, and 64 KiB at least every 64 MiB; a small set whole."""
+    cache, prefix = tmp_path / "cache", tmp_path / "set"
+    index, tokens = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+    index.write_bytes(bytes(range(256)))
+    tokens.touch()
+    os.truncate(tokens, 1 << 40)  # a hole: no disk is that large here
+
+    def changed(place: Path, offset: int) -> str:
+        with place.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"x")
+        return indexed_hash(prefix, cache)
+
+    began = time.monotonic()
+    first = indexed_hash(prefix, cache)
+    took = time.monotonic() - began
+    assert took < 60, "1 GiB of it is read"
+    (memo,) = cache.iterdir()
+    memo.write_text(memo.read_text().replace(first, "remembered"))
+    assert indexed_hash(prefix, cache) == "remembered"
+    found = [first, changed(tokens, 3), changed(tokens, 5 << 26), changed(tokens, (1 << 40) - 1), changed(index, 100)]
+    os.truncate(tokens, 1 << 20)
+    found += [indexed_hash(prefix, cache), changed(tokens, 777_777)]
+    assert len(set(found)) == len(found)
+    moved = tmp_path / "elsewhere"
+    for suffix in (".bin", ".idx"):
+        prefix.with_suffix(suffix).rename(moved.with_suffix(suffix))
+    assert indexed_hash(moved, cache) == found[-1]
+    with pytest.raises(ValueError, match=r"set: cannot be read .*No such file.*permissions"):
+        indexed_hash(prefix, cache)

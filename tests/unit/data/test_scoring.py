@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,19 @@ def test_nothing_is_written_when_something_is_wrong(tmp_path: Path, tokenizer: T
             tmp_path / "o.jsonl", source, rows, np.zeros((2, 2)), attributes=["x", "z"], weights=WEIGHTS, seed=3
         )
     assert not (tmp_path / "o.jsonl").exists() and not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = write(tmp_path / "rows.jsonl", *({"prompt": "q", "response": f"a{n}"} for n in range(30)))
+    rows = score(source, tokenizer, tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(ValueError) as caught:
+            finish(tmp_path, source, rows, np.zeros((30, 2)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/out/scored.jsonl cannot be written (") and "File too large" in said
+    assert "make room there and start the same command again" in said and not list((tmp_path / "out").iterdir())
+    assert len(finish(tmp_path, source, rows, np.zeros((30, 2)))) == 30

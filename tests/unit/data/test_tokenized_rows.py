@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -65,6 +66,31 @@ def test_second_call_only_opens(tmp_path: Path) -> None:
         raise AssertionError("built twice")
 
     assert make(tmp_path, must_not_run).example_fingerprint(1) == first.example_fingerprint(1)
+
+
+@pytest.mark.parametrize("when", ["an example is added", "the arrays are closed", "a row is rejected"])
+def test_a_full_disk_is_named_and_leaves_nothing(when: str, tmp_path: Path) -> None:
+    """Arrays go to the disk in pieces of some kilobytes, or at their end."""
+
+    def build(writer: TokenizedRowsWriter) -> dict[str, int]:
+        if when == "a row is rejected":
+            writer.reject({"raw": "x" * 100_000})
+        for _ in range(1 if when != "an example is added" else 1000):
+            build_pairs(writer)
+        return {"rows": 2, "kept": 2}
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # bytes: not even a header
+    try:
+        with pytest.raises(ValueError) as caught:
+            make(tmp_path / "cache", build)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(caught.value)
+    assert said.startswith(f"data.cache_dir: {tmp_path / 'cache'} cannot be written (") and "File too large" in said
+    assert "make room, or set data.cache_dir to a folder" in said
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(make(tmp_path / "cache")) == 2
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:

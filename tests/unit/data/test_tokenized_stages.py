@@ -17,8 +17,9 @@ from nemo_align.data.chat_template import render_dialogue, render_prompt_respons
 from nemo_align.data.preference import tokenize_preference
 from nemo_align.data.regression import tokenize_regression
 from nemo_align.data.sft import tokenize_sft
-from nemo_align.data.tokenized_rows import TokenizedRows
+from nemo_align.data.tokenized_rows import TokenizedRows, rejected_path
 from nemo_align.data.tokenizer import Tokenizer
+from tests.unit.data.bad_rows_corpus import VALID
 
 LENGTH = {"sequence_length": 4096}
 
@@ -232,9 +233,46 @@ def test_preference_pairs(bench: Workbench, tokenizer: Tokenizer) -> None:
     ],
 )
 def test_selection(bench: Workbench, loss: str, select: dict[str, Any], counts: dict[str, int]) -> None:
-    rows = bench.preference(pair(4, 2), pair(2.5, 2), pair(1, 1), pair(9, 1, rejected="good"), loss=loss, select=select)
-    named = {name: value for name, value in rows.report.items() if value and name not in ("rows", "dropped_identical")}
-    assert named == counts and rows.report["dropped_identical"] == 1
+    rows = bench.preference(pair(4, 2), pair(2.5, 2), pair(1, 1), loss=loss, select=select)
+    assert {name: value for name, value in rows.report.items() if value and name != "rows"} == counts
+
+
+def test_identical_responses_are_wrong_rows(bench: Workbench) -> None:
+    """There is nothing to prefer, under any loss, and whatever their rewards or a selection say."""
+    same = pair(9, 1, rejected="good")
+    message = (
+        r"rows\.jsonl:2: rejected: the same text as chosen; correct one of the two or remove the row, or set "
+        r"data\.bad_rows=quarantine"
+    )
+    for loss in ("dpo", "ipo", "rpo_bwd_kl"):
+        for select in ({}, {"ties": "keep"}, {"min_chosen_reward": 10.0}):
+            with pytest.raises(ValueError, match=message):
+                bench.preference(pair(4, 2), same, loss=loss, select=select)
+    rows = bench.preference(pair(4, 2), same, pair(3, 1), bad_rows="quarantine")
+    assert rows.origins.tolist() == [[0, 1], [0, 3]]
+    assert rows.report["quarantined"] == 1 and rows.report["quarantined_by_reason"] == {"identical responses": 1}
+    [line] = rejected_path(rows.folder).read_text().splitlines()
+    rejected = json.loads(line)
+    assert (rejected["line"], rejected["row"], rejected["field"]) == (2, 2, "rejected")
+    assert rejected["message"].startswith("rejected: the same text as chosen; ") and json.loads(rejected["raw"]) == same
+    with pytest.raises(ValueError, match=r"rows\.jsonl: all 1 rows of rows are rejected"):
+        bench.preference(same, bad_rows="quarantine")
+
+
+@pytest.mark.parametrize("name", [name for kind, name in VALID if kind == "pair"])
+def test_identical_responses_are_named_by_their_columns(name: str, bench: Workbench) -> None:
+    """In every format of pairs."""
+    same = json.loads(json.dumps(VALID["pair", name]).replace("worse", "good"))
+    chosen, rejected = {
+        "nemo_aligner": ("chosen_response", "rejected_response"),
+        "nemo_rl": ("completions[0].completion", "completions[1].completion"),
+        "helpsteer2_preference": ("response_1", "response_2"),
+        "helpsteer3": ("response2", "response1"),
+        "sharegpt_pair": ("chosen.value", "rejected.value"),
+    }.get(name, ("chosen", "rejected"))
+    with pytest.raises(ValueError) as caught:
+        bench.preference(same, select={"inverted": "keep"})
+    assert f"rows.jsonl:1: {rejected}: the same text as {chosen}; " in str(caught.value)
 
 
 def test_inverted_rewards(bench: Workbench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -50,6 +51,37 @@ def test_on_a_shared_stderr_other_ranks_only_warn(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("[rank 3] trouble\n")
     logs.setup(tmp_path, 0, shared_stderr=True).info("progress")
     assert "progress" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_lines_and_one_warning(tmp_path, capsys):
+    logger = logs.setup(tmp_path, 0)
+    logger.info("first")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # bytes: room for no second line
+    try:
+        for number in range(300):
+            logger.info("lost %d %s", number, "x" * 100)
+        said = capsys.readouterr().err.splitlines()
+        logs.setup(tmp_path / "elsewhere", 0)  # closes the file, with what it could not write
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len([line for line in said if " lost " in line]) == 300  # stderr shows them all
+    [warning] = [line for line in said if " lost " not in line and not line.endswith(" first")]
+    assert warning == f"warning: {tmp_path}/log.txt cannot be written (File too large): lines will be missing from it"
+    assert (tmp_path / "log.txt").read_text().splitlines()[0].endswith("nemo_align: first")
+
+
+def test_any_other_error_of_the_log_keeps_its_traceback(tmp_path, capsys):
+    logs.setup(tmp_path, 0).info("%d", "no number")
+    assert "Logging error" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(
+        ValueError, match=r"log\.txt cannot be written \(Is a directory\): make room there, or set run_dir"
+    ):
+        logs.setup(tmp_path, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

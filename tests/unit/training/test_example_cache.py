@@ -1,6 +1,9 @@
 """Values per example on disk: exact, resumable, keyed by what they depend on."""
 
+import resource
+
 import numpy as np
+import pytest
 
 from nemo_align.training.example_cache import ExampleCache
 
@@ -59,3 +62,43 @@ def test_other_weights_or_formats_share_nothing_and_another_layout_warns(tmp_pat
     assert "layout" not in caplog.text
     assert open_cache(tmp_path, layout={"tensor": 2, "pipeline": 1}).load() == 5
     assert "agree to rounding" in caplog.text
+
+
+@pytest.mark.parametrize("room", [50, 1000])  # bytes: not for about.json; not for the part
+def test_a_full_disk_is_named_and_what_was_published_stays(room, tmp_path):
+    cache = open_cache(tmp_path)
+    cache.load()
+    if room == 1000:
+        fill(cache, KEYS[:3])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    many = [number.to_bytes(16, "little") for number in range(1000, 2000)]
+    try:
+        with pytest.raises(ValueError) as caught:
+            fill(cache, many)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(caught.value)
+    assert str(tmp_path) in said and "cannot be written" in said and "File too large" in said
+    assert "make room" in said or "start the same command again" in said
+    assert not [path for path in cache.directory.iterdir() if path.suffix not in (".npz", ".json")]
+    assert open_cache(tmp_path).load() == (3 if room == 1000 else 0)
+    cache.flush()  # with room again
+    assert open_cache(tmp_path).load() == (1003 if room == 1000 else 1000)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": {}}', "\0\0", "\xff"])
+def test_a_damaged_description_is_none(content, tmp_path, caplog):
+    cache = open_cache(tmp_path)
+    cache.load()
+    fill(cache, KEYS[:3])
+    about = cache.directory / "about.json"
+    expected = about.read_bytes()
+    about.write_bytes(content.encode("latin-1"))
+    again = open_cache(tmp_path)
+    assert again.load() == 3  # the values do not depend on it
+    assert f"{about} cannot be read (" in caplog.text and "is not known" in caplog.text
+    fill(again, KEYS[3:])
+    assert about.read_bytes() == expected
+    caplog.clear()
+    assert open_cache(tmp_path).load() == 5 and not caplog.text

@@ -113,3 +113,30 @@ def test_a_full_disk_is_named_in_one_line(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
     writer.write(train(2))
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("what", ["resume", "result"])
+def test_a_full_disk_while_a_file_is_replaced_leaves_the_old_one(what, tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in range(1, 6):
+        writer.write(train(step))
+    write_result(tmp_path, StageResult(verb="sft", experiment="code"))
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    act = {
+        "resume": lambda: MetricsWriter(tmp_path).resume(3),
+        "result": lambda: write_result(tmp_path, StageResult(verb="sft", experiment="other")),
+    }[what]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        with pytest.raises(ValueError) as caught:
+            act()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    name = {"resume": METRICS_FILE, "result": "result.json"}[what]
+    assert str(caught.value) == (
+        f"{tmp_path}/{name} cannot be written: File too large. Mend that and start the same command again: it goes on "
+        "from the last checkpoint"
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old  # and no temporary file
+    act()
