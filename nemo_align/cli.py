@@ -82,8 +82,6 @@ def _main(arguments: list[str]) -> int:
         print(f"nemo-align {__version__}")
         return SUCCESS
     verb, options = _verb(arguments[0]), parse_options(arguments[1:])
-    if verb == "inspect":  # `inspect PATH` reads better than `inspect path=PATH`
-        options.overrides = [text if "=" in text else f'path="{text}"' for text in options.overrides]
     if options.config_dirs:
         _use_config_dirs(options.config_dirs)
     if options.help:

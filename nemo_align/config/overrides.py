@@ -16,6 +16,7 @@ from nemo_align.config.errors import ConfigError
 
 # Words that Python reserves, so that no dataclass field can have them.
 ALIASES = {"convert": {"from": "source_format", "to": "target_format"}, "merge": {"to": "target_format"}}
+POSITIONAL = {"inspect": "path"}  # `inspect PATH` reads better than `inspect path=PATH`
 _FORM = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]*)?(?:=(?P<value>.*))?", re.DOTALL)
 
 
@@ -51,6 +52,8 @@ def parse(verb: str, arguments: Sequence[str], where: str = "command line") -> l
     """
     parsed, problems = [], []
     for text in arguments:
+        if verb in POSITIONAL and "=" not in text:
+            text = f'{POSITIONAL[verb]}="{text}"'
         try:
             parsed.append(_parse(verb, text, where))
         except ConfigError as error:

@@ -9,8 +9,8 @@ from nemo_align.config.conversion import ConvertConfig, MergeConfig, TransferCon
 from nemo_align.config.sizes import parse_size
 
 _WRITING_NEMO = (
-    "to=nemo is not offered: a .nemo that today's tools read can only be written by NeMo's own model classes, which "
-    "need a GPU (docs/conversion.md). Convert to hf or megatron"
+    "to=nemo is not offered: NeMo packs a live model that it holds whole in memory, by classes that it has dropped "
+    "since (docs/conversion.md). Convert to hf or megatron"
 )
 
 

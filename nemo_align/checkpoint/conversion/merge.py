@@ -22,7 +22,7 @@ from nemo_align.checkpoint.conversion.job import Settings
 from nemo_align.checkpoint.conversion.model import Model, tokenizer_folder
 from nemo_align.checkpoint.conversion.progress import progress_of
 from nemo_align.checkpoint.streaming import transfer
-from nemo_align.checkpoint.streaming.tensors import RowSource, num_bytes, row_bytes, scratch
+from nemo_align.checkpoint.streaming.tensors import RowSource, num_bytes, round_into, row_bytes, scratch
 from nemo_align.checkpoint.streaming.torch_dist import slabs
 from nemo_align.checkpoint.streaming.transfer import Progress
 from nemo_align.config.conversion import MergeConfig
@@ -52,7 +52,7 @@ def merge(config: MergeConfig) -> Path:
         parts = dict.fromkeys(models[0].tensors, weights)
         described = {"method": "linear", "weights": weights}
     tensors: dict[str, RowSource] = {
-        key: WeightedSum([model.tensors[key] for model in models], parts[key]) for key in models[0].tensors
+        key: WeightedSum([model.tensors[key] for model in models], parts[key], key) for key in models[0].tensors
     }
     described["sources"] = [model.identity for model in models]
     merged = replace(
@@ -75,10 +75,13 @@ def merge(config: MergeConfig) -> Path:
 
 
 class WeightedSum:
-    """The sum of tensors of one shape, each times its weight. Computed in fp32; the first one's number format."""
+    """The sum of tensors of one shape, each times its weight. Computed in fp32; the first one's number format.
 
-    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float]) -> None:
-        self.sources, self._weights = tuple(sources), tuple(weights)
+    Reading raises ValueError where that format cannot hold a sum.
+    """
+
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], name: str) -> None:
+        self.sources, self._weights, self._name = tuple(sources), tuple(weights), name
         self.shape, self.dtype = sources[0].shape, sources[0].dtype
         assert all(source.shape == self.shape for source in sources)
 
@@ -90,7 +93,7 @@ class WeightedSum:
                 with scratch(values * source.dtype.itemsize) as one:
                     source.read_rows(first, last, one)
                     total.add_(torch.frombuffer(one, dtype=source.dtype), alpha=weight)
-            torch.frombuffer(out, dtype=self.dtype).copy_(total)
+            round_into(total, torch.frombuffer(out, dtype=self.dtype), self._name)
 
 
 def _weights(config: MergeConfig) -> list[float]:

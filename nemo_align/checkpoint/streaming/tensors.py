@@ -245,15 +245,21 @@ class Converted:
         with scratch((last - first) * row_bytes(self._source)) as block:
             self._source.read_rows(first, last, block)
             before = torch.frombuffer(block, dtype=self._source.dtype)
-            after = torch.frombuffer(out, dtype=self.dtype)
-            after.copy_(before)
-            if torch.finfo(self.dtype).max < torch.finfo(before.dtype).max:
-                lost = torch.isinf(after) & torch.isfinite(before)
-                if lost.any():
-                    value = float(before[lost][0])
-                    raise ValueError(
-                        f"{self._name} holds {value:g}, which {self.dtype} cannot express: keep its format"
-                    )
+            round_into(before, torch.frombuffer(out, dtype=self.dtype), self._name)
+
+
+def round_into(before: torch.Tensor, after: torch.Tensor, name: str) -> None:
+    """Put values into a tensor of another number format, each rounded to the nearest; `name` is for the error.
+
+    Raises:
+        ValueError: a finite value would become infinite.
+    """
+    after.copy_(before)
+    if torch.finfo(after.dtype).max < torch.finfo(before.dtype).max:
+        lost = torch.isinf(after) & torch.isfinite(before)
+        if lost.any():
+            value = float(before[lost][0])
+            raise ValueError(f"{name} holds {value:g}, too large for {after.dtype}: keep its format")
 
 
 def converted(source: RowSource, dtype: torch.dtype, name: str) -> RowSource:

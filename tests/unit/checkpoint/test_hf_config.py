@@ -138,3 +138,21 @@ def test_what_we_write_reads_back_and_transformers_agrees(head_dim: int | None, 
     assert (theirs.num_labels, theirs.id2label, theirs.pad_token_id) == (2, {0: "b", 1: "a"}, 5)
     back = hf_reward_config(tmp_path)
     assert (back.attributes, back.weights, back.head_bias) == (["b", "a"], {"a": 1.0, "b": -0.5}, True)
+
+
+# What vllm/model_executor/models/nemotron.py reads of a config in vLLM 0.12.0 and 0.33.0. (`bias` and `logit_scale` are
+# read too, with defaults that mean what Nemotron has: none and 1.)
+VLLM_FIELDS = """
+    attention_bias head_dim hidden_act hidden_size intermediate_size max_position_embeddings mlp_bias norm_eps
+    num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor rope_parameters tie_word_embeddings
+    vocab_size
+"""
+
+
+def test_an_export_has_the_fields_that_vllm_reads() -> None:
+    sizes = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2}
+    model = ModelConfig(name="tiny", vocab_size=11, head_dim=4, **sizes)
+    values = hf_config(model, dtype="bf16", bos_id=1, eos_id=2, pad_id=0, reward=None)
+    assert set(VLLM_FIELDS.split()) <= {name for name, value in values.items() if value is not None}
+    assert values["architectures"] == ["NemotronForCausalLM"]
+    assert values["rope_parameters"]["partial_rotary_factor"] == values["partial_rotary_factor"] == 0.5
