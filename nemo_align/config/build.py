@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from nemo_align.config import schema
+from nemo_align.config.choices import CHOICES
 from nemo_align.config.schema import MISSING, Node
 
 # What an example in a "missing" message shows; a key that is not here shows one of its type.
@@ -116,6 +117,8 @@ def _value(node: Node, value: Any, key: str, problems: list[str]) -> Any:
             return int(value)  # 1e6 is a float to YAML
         if node.type is bool and isinstance(value, bool):
             return value
+        if node.type is str and isinstance(value, bool) and str(value).lower() in CHOICES.get(key, ()):
+            return str(value).lower()  # one word among others, which YAML takes for more
         if node.type is str and (is_number or isinstance(value, str)):
             return str(value)  # a name may look like a number
     shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."

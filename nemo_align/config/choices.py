@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "target_format": ("hf", "megatron", "nemo"),
     "dtype": ("fp32", "bf16"),
     "checksum": ("blake3", "sha256"),
-    "verify": ("none", "tensors", "logits"),
+    "verify": ("false", "true", "logits"),
     "unused_attributes": ("drop", "keep"),
     "method": ("linear", "slerp"),
 }

@@ -26,7 +26,7 @@ class ConvertConfig(TransferConfig):
     target_format: str = MISSING  # written `to=` on the command line: hf | megatron | nemo (not offered)
     source: str | None = None  # checkpoint to read: a run directory, a checkpoint, a Hugging Face folder, a .nemo
     target: str | None = None  # folder to write
-    verify: str = "none"  # none | tensors (read everything back and compare) | logits (run both models on a prompt too)
+    verify: str = "false"  # true: read everything back and compare; logits: run both models on a prompt too; false
     plan: bool = False  # print every tensor, the bytes, disk and time; write nothing
     architecture: str | None = None  # with plan=true and no source: a name in conf/model
     unused_attributes: str = "drop"  # drop | keep: slots of a nine-slot reward head that HelpSteer2 does not have

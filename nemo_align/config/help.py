@@ -48,7 +48,7 @@ _EXAMPLES = {
     ),
     "convert": (
         "nemo-align convert from=megatron to=hf source=runs/rpo_3 target=exported/rpo_3",
-        "nemo-align convert from=hf to=megatron source=models/minitron-4b target=models/megatron verify=tensors",
+        "nemo-align convert from=hf to=megatron source=models/minitron-4b target=models/megatron verify=true",
         "nemo-align convert from=nemo to=megatron source=Nemotron-4-340B-Base target=models/nemotron4_340b",
         "nemo-align convert from=hf to=megatron plan=true architecture=nemotron4_340b",
     ),

@@ -129,7 +129,7 @@ def test_there_and_back_by_convert(
         target_format="megatron",
         source=str(hf_model),
         target=str(tmp_path / "megatron"),
-        verify="tensors",
+        verify="true",
     )
     converted = convert(there)
     options = {"dtype": dtype_of(variant), "seed": 3, **sizes_of(variant)}

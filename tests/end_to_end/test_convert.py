@@ -1,8 +1,12 @@
-"""`nemo-align convert`, `merge` and `inspect` as commands: killed and resumed, run again, verified, refused."""
+"""`nemo-align convert`, `merge` and `inspect`: killed and resumed, run again, verified, refused.
+
+What needs no process of its own runs here, from the same overrides: importing torch costs more than the work.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import shutil
@@ -15,12 +19,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_align.checkpoint.conversion.convert import convert
+from nemo_align.checkpoint.conversion.inspect import inspect
+from nemo_align.checkpoint.conversion.merge import merge
+from nemo_align.checkpoint.conversion.open_huggingface import open_huggingface
+from nemo_align.checkpoint.conversion.open_megatron import open_megatron
 from nemo_align.checkpoint.huggingface.model_config import hf_config
 from nemo_align.checkpoint.huggingface.weight_map import weight_map
 from nemo_align.checkpoint.streaming.safetensors import SafetensorsFolder
 from nemo_align.checkpoint.streaming.torch_dist import TensorReader
+from nemo_align.config.compose import compose
 from nemo_align.config.model import ModelConfig
 from tests.checkpoint_files import write_safetensors
+from tests.distributed.pool import WorkerPool
 from tests.end_to_end.commands import environment, run
 
 MODEL = ModelConfig(
@@ -59,7 +70,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def megatron(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("megatron")
-    done = convert(folder, source, folder / "checkpoint", "verify=tensors")
+    done = run(*arguments_of(source, folder / "checkpoint", "verify=true"), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "verified: 52 tensors, " in done.stderr and "each equal to the source's" in done.stderr
     return folder / "checkpoint"
@@ -70,8 +81,9 @@ def arguments_of(source: Path, target: Path, *more: str, there: bool = True) -> 
     return ["convert", *formats, f"source={source}", f"target={target}", *more]
 
 
-def convert(folder: Path, source: Path, target: Path, *more: str, there: bool = True) -> subprocess.CompletedProcess:
-    return run(*arguments_of(source, target, *more, there=there), cwd=folder)
+def here(verb: str, *overrides: str) -> None:
+    """The verb in this process."""
+    {"convert": convert, "merge": merge, "inspect": inspect}[verb](compose(verb, list(overrides)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -84,28 +96,28 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_back_is_bit_for_bit(source: Path, megatron: Path, tmp_path: Path) -> None:
-    done = convert(tmp_path, megatron, tmp_path / "hf", "shard_size=3MB", "verify=tensors", there=False)
-    assert done.returncode == 0, done.stderr
+    here(*arguments_of(megatron, tmp_path / "hf", "shard_size=3MB", "verify=true", there=False))
     there, back = tensors(source), tensors(tmp_path / "hf")
     assert there.keys() == back.keys() and all(torch.equal(there[name], back[name]) for name in there)
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_again_verifies_and_leaves_alone(source: Path, megatron: Path, tmp_path: Path) -> None:
+def test_again_verifies_and_leaves_alone(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target = tmp_path / "again"
-    assert convert(tmp_path, source, target).returncode == 0
+    here(*arguments_of(source, target))
     before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
-    done = convert(tmp_path, source, target)
-    assert done.returncode == 0 and "was converted before from the same source: verified, left alone" in done.stderr
+    with caplog.at_level(logging.INFO, "nemo_align"):
+        here(*arguments_of(source, target))
+    assert "was converted before from the same source: verified, left alone" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
-    other = convert(tmp_path, source, target, "dtype=fp32")
-    assert other.returncode == 2 and f"error: {target} exists already" in other.stderr
+    with pytest.raises(ValueError, match=f"{target} exists already"):
+        here(*arguments_of(source, target, "dtype=fp32"))
     data = target / "__0_0.distcp"
     content = bytearray(data.read_bytes())
     content[500_000] ^= 1
     data.write_bytes(content)
-    damaged = convert(tmp_path, source, target)
-    assert damaged.returncode == 2 and "__0_0.distcp is damaged" in damaged.stderr
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged"):
+        here(*arguments_of(source, target))
 
 
 # A conversion in small parts, slowed down so that there are moments to kill it at.
@@ -165,70 +177,84 @@ def test_a_damaged_source_leaves_nothing(megatron: Path, tmp_path: Path) -> None
     content = bytearray(data.read_bytes())
     content[300_000] ^= 4
     data.write_bytes(content)
-    done = convert(tmp_path, copy, tmp_path / "hf", there=False)
-    assert done.returncode == 2 and re.search(r"error: \S+__0_0\.distcp: \S+ is damaged", done.stderr), done.stderr
+    with pytest.raises(ValueError, match=r"\S+__0_0\.distcp: \S+ is damaged"):
+        here(*arguments_of(copy, tmp_path / "hf", there=False))
     assert not (tmp_path / "hf").exists()
 
 
-def test_merge_and_inspect(source: Path, megatron: Path, tmp_path: Path) -> None:
+def test_logits_that_differ_are_found(source: Path, megatron: Path, pool1: WorkerPool, tmp_path: Path) -> None:
+    """In a worker: Megatron-core must not be left behind in this process."""
+    assert pool1.run(logits_difference, str(source), str(megatron))[0] <= 1e-6
+    changed = tmp_path / "changed"
+    values = tensors(source)
+    values["model.layers.3.mlp.up_proj.weight"] = values["model.layers.3.mlp.up_proj.weight"] * 1.01
+    shutil.copytree(source, changed)
+    for path in changed.glob("*.safetensors*"):
+        path.unlink()
+    write_safetensors(changed, values)
+    assert "logits of" in pool1.run(logits_difference, str(changed), str(megatron))[0]
+
+
+def logits_difference(source: str, made: str) -> float | str:
+    from nemo_align.checkpoint.conversion.logits import compare_logits
+
+    try:
+        return compare_logits(open_huggingface(source), open_megatron(made))
+    except ValueError as error:
+        return str(error)
+
+
+def test_merging(source: Path, megatron: Path, tmp_path: Path) -> None:
     other = write_hf(tmp_path / "other", seed=2)
-    done = run("merge", f"sources=[{megatron},{other}]", "weights=[3,1]", "to=hf", "target=merged", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    both = f"sources=[{megatron},{other}]"
+    here("merge", both, "weights=[3,1]", "to=hf", f"target={tmp_path}/merged")
     first, second, merged = tensors(source), tensors(other), tensors(tmp_path / "merged")
     for name, found in merged.items():
         # The same order of the same fp32 operations: 0 + 0.75 a + 0.25 b, then one rounding.
         expected = (0.75 * first[name].float() + 0.25 * second[name].float()).bfloat16()
         assert torch.equal(found, expected), name
-    between = run("merge", f"sources=[{megatron},{other}]", "method=slerp", "t=0.3", "target=arc", cwd=tmp_path)
-    assert between.returncode == 0, between.stderr
-    reader = TensorReader(tmp_path / "arc")
+    here("merge", both, "method=slerp", "t=0.3", f"target={tmp_path}/arc")
     a, b = (first["lm_head.weight"].double(), second["lm_head.weight"].double())
     angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
     arc = torch.sin(0.7 * angle) / torch.sin(angle) * a + torch.sin(0.3 * angle) / torch.sin(angle) * b
-    difference = (reader.read("output_layer.weight").double() - arc).abs() / arc.abs().max()
+    difference = (TensorReader(tmp_path / "arc").read("output_layer.weight").double() - arc).abs() / arc.abs().max()
     assert float(difference.max()) <= 2**-8  # bfloat16's unit roundoff, of the largest value
-    end = run("merge", f"sources=[{megatron},{other}]", "method=slerp", "t=1", "target=end", cwd=tmp_path)
-    assert end.returncode == 0, end.stderr
+    here("merge", both, "method=slerp", "t=1", f"target={tmp_path}/end")
     assert torch.equal(TensorReader(tmp_path / "end").read("output_layer.weight"), second["lm_head.weight"])
-    shown = run("inspect", "merged", "checksums=true", cwd=tmp_path)
+    write_hf(tmp_path / "smaller", model=ModelConfig(**{**vars(MODEL), "num_layers": 2}))
+    with pytest.raises(ValueError, match="num_layers is 2, not 6"):
+        here("merge", f"sources=[{megatron},{tmp_path}/smaller]", f"target={tmp_path}/x")
+
+
+def test_inspecting(megatron: Path, tmp_path: Path) -> None:
+    shown = run("inspect", str(megatron), "checksums=true", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
-    for text in ("Hugging Face (safetensors)", "5,139,456", "every checksum agrees", "8 heads, 2 key-value heads"):
+    for text in ("Megatron-core (torch_dist)", "5,139,456", "every checksum agrees", "8 heads, 2 key-value heads"):
         assert text in shown.stdout, shown.stdout
-    smaller = ModelConfig(**{**vars(MODEL), "num_layers": 2})
-    write_hf(tmp_path / "smaller", model=smaller)
-    refused = run("merge", f"sources=[{megatron},{tmp_path}/smaller]", "target=x", cwd=tmp_path)
-    assert (
-        refused.returncode == 2
-        and "cannot be merged with" in refused.stderr
-        and "num_layers is 2, not 6" in refused.stderr
-    )
+    missing = run("inspect", "nothing", cwd=tmp_path)
+    assert missing.returncode == 2 and "nothing does not exist" in missing.stderr
 
 
-@pytest.mark.parametrize(
-    "formats, tensors", [(("hf", "megatron"), 772), (("megatron", "hf"), 964), (("nemo", "hf"), 964)]
-)
-def test_the_plan_of_the_340b(formats: tuple[str, str], tensors: int, tmp_path: Path) -> None:
-    started = time.monotonic()
-    done = run(
-        "convert", f"from={formats[0]}", f"to={formats[1]}", "plan=true", "architecture=nemotron4_340b", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{tensors} tensors with 682,058,391,552 bytes" in done.stdout
-    assert done.stdout.count("linear_qkv.weight") >= 96
-    assert time.monotonic() - started < 60
+@pytest.mark.parametrize("formats, count", [("hf megatron", 772), ("megatron hf", 964), ("nemo hf", 964)])
+def test_the_plan_of_the_340b(formats: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = formats.split()
+    here("convert", f"from={source}", f"to={target}", "plan=true", "architecture=nemotron4_340b")
+    shown = capsys.readouterr().out
+    assert f"{count} tensors with 682,058,391,552 bytes" in shown
+    assert shown.count("linear_qkv.weight") >= 96
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("from=hf", "to=nemo", "source=.", "target=x"), "to=nemo is not offered"),
-        (("from=hf", "to=megatron", "source=.", "target=x", "max_memory=300MB"), "max_memory is 300 MB, at least"),
-        (("from=hf", "to=megatron", "source=.", "target=x", "max_memory=much"), "max_memory=much is no size"),
-        (("from=hf", "to=megatron", "target=x"), "source is missing"),
-        (("from=hf", "to=megatron", "source=."), "target is missing"),
-        (("from=hf", "to=megatron", "plan=true", "architecture=nemotron"), "did you mean 'nemotron4_15b'"),
+        (("to=nemo", "source=.", "target=x"), "to=nemo is not offered"),
+        (("to=megatron", "source=.", "target=x", "max_memory=300MB"), "max_memory is 300 MB, at least"),
+        (("to=megatron", "source=.", "target=x", "max_memory=much"), "max_memory=much is no size"),
+        (("to=megatron", "target=x"), "source is missing"),
+        (("to=megatron", "source=."), "target is missing"),
+        (("to=megatron", "plan=true", "architecture=nemotron4_34b"), "did you mean 'nemotron4_340b'"),
     ],
 )
-def test_refusals(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    done = run("convert", *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_refusals(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        here("convert", "from=hf", *arguments)

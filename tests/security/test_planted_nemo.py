@@ -30,7 +30,7 @@ def everything(path: Path, target: Path) -> list[Callable[[], object]]:
 
     def to(form: str) -> Callable[[], object]:
         config = ConvertConfig(
-            source=str(path), target=str(target / form), source_format="nemo", target_format=form, verify="tensors"
+            source=str(path), target=str(target / form), source_format="nemo", target_format=form, verify="true"
         )
         return lambda: convert(config)
 

@@ -54,7 +54,7 @@ def convert(config: ConvertConfig) -> Path | None:
         logger.info("converted %s to %s: %d tensors", config.source, config.target, len(target.planned))
     else:
         logger.info("%s was converted before from the same source: verified, left alone", config.target)
-    if config.verify != "none":
+    if config.verify != "false":
         made = open_source(config.target, config.target_format, verify=False)
         verify_tensors(model, made, workers=workers, progress=progress_of("verifying"))
     if config.verify == "logits":

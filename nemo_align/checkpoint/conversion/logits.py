@@ -55,7 +55,7 @@ def _check_memory(model: Model) -> None:
     if needed > available:
         raise ValueError(
             f"verify=logits holds both models in fp32: {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free. "
-            "Use verify=tensors, which holds none"
+            "Use verify=true, which holds none"
         )
 
 

@@ -36,7 +36,7 @@ ALL_SLOTS = ["quality", "toxicity", "humor", "creativity", *KEPT]
 
 
 def run(source: Path, target: Path, to: str, **changes) -> Path:
-    settings = {"source_format": "nemo", "target_format": to, "verify": "tensors"} | changes
+    settings = {"source_format": "nemo", "target_format": to, "verify": "true"} | changes
     made = convert(ConvertConfig(source=str(source), target=str(target), **settings))
     assert made == target
     return made
