@@ -126,7 +126,8 @@ class PretrainingSource:
         number = sample - (self._ends[phase - 1] if phase else 0)
         dataset, number = _in_one_file(self._datasets[phase], number)
         # Not dataset[number]: that makes masks which nobody reads, and turns ids of -1 into 0.
-        ids, sequences = dataset._query_document_sample_shuffle_indices(number)
+        # Newer Megatron-core adds a third value, the documents' lengths.
+        ids, sequences = dataset._query_document_sample_shuffle_indices(number)[:2]
         if has_outside(ids, self._vocab_size):
             file = dataset.dataset
             for sequence in sequences.tolist():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_align.data.sentencepiece_model import CONTROL_TOKEN
-from nemo_align.data.tokenizer import Tokenizer, choose_pad_id, split_at_control
+from nemo_align.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, choose_pad_id, split_at_control
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -19,6 +19,7 @@ class HuggingFaceTokenizer(Tokenizer):
         from transformers import AutoTokenizer  # slow to import, and SentencePiece users do not need it
 
         self.source = str(folder)
+        self._folder = Path(folder)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a folder that is not a tokenizer
@@ -94,6 +95,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
+        # transformers 5 writes tokenizer.json alone; other programs read the SentencePiece file of the same vocabulary.
+        model = self._folder / SENTENCEPIECE_FILE
+        if model.is_file() and _is_sentencepiece(content := model.read_bytes()):
+            (Path(folder) / SENTENCEPIECE_FILE).write_bytes(content)
+
+
+def _is_sentencepiece(content: bytes) -> bool:
+    """Whether it is a vocabulary; a link may lead to any file, and that must not travel with the checkpoint."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size() > 0
+    except (ValueError, RuntimeError):
+        return False
 
 
 def _is_control(token: Any) -> bool:

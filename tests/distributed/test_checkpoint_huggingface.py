@@ -179,7 +179,28 @@ def test_logits_equal_in_transformers(
     torch.testing.assert_close(theirs, expected, rtol=0, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert float(theirs.std()) > 0.1
+    generates_what_we_pick(exported, tokens, ours)
     assert exported.generation_config.eos_token_id == [2, exported.config.vocab_size and 4]
+
+
+def generates_what_we_pick(exported, tokens: torch.Tensor, ours: torch.Tensor) -> None:
+    """`generate` of transformers, from the exported generation_config.json but without stops, continues with the token
+    that our logits put first; and further, each time with what the whole text so far makes it put first."""
+    count = 5
+    stops, exported.generation_config.eos_token_id = exported.generation_config.eos_token_id, None
+    ends = exported.generate(tokens, max_new_tokens=count, do_sample=False)
+    exported.generation_config.eos_token_id = stops
+    assert ends.shape == (len(tokens), tokens.shape[1] + count) and torch.equal(ends[:, : tokens.shape[1]], tokens)
+    best = ours[:, -1].topk(2).values
+    assert float((best[:, 0] - best[:, 1]).min()) > 2e-4  # twice the difference that the two sides may have
+    assert torch.equal(ends[:, tokens.shape[1]], ours[:, -1].argmax(-1))
+    with torch.no_grad():
+        again = exported(ends[:, :-1]).logits[:, tokens.shape[1] - 1 :].argmax(-1)
+    assert torch.equal(again, ends[:, tokens.shape[1] :])
+    # As it is, with its stops: nothing comes after one but padding.
+    for row in exported.generate(tokens, max_new_tokens=count, do_sample=False)[:, tokens.shape[1] :].tolist():
+        first = next((place for place, token in enumerate(row) if token in stops), len(row))
+        assert set(row[first + 1 :]) <= {exported.generation_config.pad_token_id}
 
 
 def train_reward(topology, run_dir: str, tokenizer: str, *, dtype: str = "fp32") -> str:

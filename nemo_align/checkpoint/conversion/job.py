@@ -21,7 +21,7 @@ from nemo_align.checkpoint.streaming import transfer
 from nemo_align.checkpoint.streaming.tensors import pieces_in
 from nemo_align.checkpoint.streaming.transfer import Check, Progress
 
-_MAPPING = 1  # raised when the same source gives other files: a half-written target of before is then begun anew
+_MAPPING = 2  # raised when the same source gives other files: a half-written target of before is then begun anew
 _SPARE_BYTES = 4 << 20  # for small files
 
 logger = logging.getLogger("nemo_align")
@@ -58,8 +58,14 @@ def carry_out(models: list[Model], target: Target, path: Path, settings: Setting
             damaged source.
     """
     path = Path(path)
+    if path.is_symlink() or path.is_mount():
+        raise ValueError(
+            f"target={path} is a link or a mount point, which a finished folder cannot replace: name one in it"
+        )
+    if any(model.path.is_dir() and path.resolve().is_relative_to(model.path.resolve()) for model in models):
+        raise ValueError(f"target={path} lies inside the source: name a folder elsewhere")
     job = job_of(models, target, settings.algorithm)
-    if is_done(path, job):
+    if is_done(path, job) and not settings.overwrite:
         verify_files(path, settings)
         return False
     if path.exists() and not settings.overwrite and (not path.is_dir() or any(path.iterdir())):
@@ -89,6 +95,8 @@ def carry_out(models: list[Model], target: Target, path: Path, settings: Setting
         for name in manifests.list_files(place.folder):
             if name not in entries and name != RECORD_FILE:
                 entries[name] = checksums.entry_of_file(place.folder / name, settings.algorithm)
+        for model in models:
+            _refuse_changed(model)
         target.seal(place.folder, job, entries)
         place.publish(overwrite=settings.overwrite)
     except OSError as error:
@@ -96,6 +104,12 @@ def carry_out(models: list[Model], target: Target, path: Path, settings: Setting
     finally:
         place.close()
     return True
+
+
+def _refuse_changed(model: Model) -> None:
+    """A source that was written to meanwhile would be half the old and half the new."""
+    if model.identify is not None and model.identify() != model.identity:
+        raise ValueError(f"{model.path} changed while it was read: start the same command again")
 
 
 def is_done(path: Path, job: str) -> bool:

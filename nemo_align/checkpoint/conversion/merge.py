@@ -19,10 +19,10 @@ from nemo_align.checkpoint import checksums
 from nemo_align.checkpoint.conversion import job
 from nemo_align.checkpoint.conversion.convert import detect, lay_out, open_source
 from nemo_align.checkpoint.conversion.job import Settings
-from nemo_align.checkpoint.conversion.model import Model, tokenizer_folder
+from nemo_align.checkpoint.conversion.model import DTYPE_NAMES, Model, tokenizer_folder
 from nemo_align.checkpoint.conversion.progress import progress_of
 from nemo_align.checkpoint.streaming import transfer
-from nemo_align.checkpoint.streaming.tensors import RowSource, num_bytes, round_into, row_bytes, scratch
+from nemo_align.checkpoint.streaming.tensors import RowSource, num_bytes, read, row_bytes, row_values, scratch
 from nemo_align.checkpoint.streaming.torch_dist import slabs
 from nemo_align.checkpoint.streaming.transfer import Progress
 from nemo_align.config.conversion import MergeConfig
@@ -31,6 +31,7 @@ from nemo_align.data.tokenizer import load_tokenizer
 
 # Vectors this close to one line have no arc to speak of, and sin(angle) in the denominator would amplify rounding.
 _NEARLY_PARALLEL = 1 - 1e-6
+_BLOCK_VALUES = 1 << 19
 
 logger = logging.getLogger("nemo_align")
 
@@ -52,7 +53,7 @@ def merge(config: MergeConfig) -> Path:
         parts = dict.fromkeys(models[0].tensors, weights)
         described = {"method": "linear", "weights": weights}
     tensors: dict[str, RowSource] = {
-        key: WeightedSum([model.tensors[key] for model in models], parts[key], key) for key in models[0].tensors
+        key: WeightedSum([model.tensors[key] for model in models], parts[key]) for key in models[0].tensors
     }
     described["sources"] = [model.identity for model in models]
     merged = replace(
@@ -61,10 +62,12 @@ def merge(config: MergeConfig) -> Path:
         tensors=tensors,
         files={},
         run_dir=None,
+        tokenizer=next((model.tokenizer for model in models if model.tokenizer is not None), None),
         merged=described,
         identity=checksums.digest_of([repr(described).encode()]),
     )
-    target = lay_out(merged, config.target_format, dtype=config.dtype, shard_size=config.shard_size)
+    dtype = config.dtype or DTYPE_NAMES[max((model.dtype for model in models), key=lambda dtype: dtype.itemsize)]
+    target = lay_out(merged, config.target_format, dtype=dtype, shard_size=config.shard_size)
     target.options["merge"] = described
     settings = Settings(workers=workers, algorithm=config.checksum, progress=progress_of("merging"))
     if job.carry_out(models, target, Path(config.target), settings):
@@ -75,25 +78,19 @@ def merge(config: MergeConfig) -> Path:
 
 
 class WeightedSum:
-    """The sum of tensors of one shape, each times its weight. Computed in fp32; the first one's number format.
+    """The sum of tensors of one shape, each times its weight, in fp32."""
 
-    Reading raises ValueError where that format cannot hold a sum.
-    """
-
-    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], name: str) -> None:
-        self.sources, self._weights, self._name = tuple(sources), tuple(weights), name
-        self.shape, self.dtype = sources[0].shape, sources[0].dtype
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float]) -> None:
+        self.sources, self._weights = tuple(sources), tuple(weights)
+        self.shape, self.dtype = sources[0].shape, torch.float32
         assert all(source.shape == self.shape for source in sources)
 
     def read_rows(self, first: int, last: int, out: memoryview) -> None:
-        values = (last - first) * row_bytes(self) // self.dtype.itemsize
-        with scratch(values * 4) as block:
-            total = torch.frombuffer(block, dtype=torch.float32).zero_()
-            for source, weight in zip(self.sources, self._weights, strict=True):
-                with scratch(values * source.dtype.itemsize) as one:
-                    source.read_rows(first, last, one)
-                    total.add_(torch.frombuffer(one, dtype=source.dtype), alpha=weight)
-            round_into(total, torch.frombuffer(out, dtype=self.dtype), self._name)
+        total = torch.frombuffer(out, dtype=torch.float32).zero_()
+        for source, weight in zip(self.sources, self._weights, strict=True):
+            with scratch((last - first) * row_bytes(source)) as one:
+                source.read_rows(first, last, one)
+                total.add_(torch.frombuffer(one, dtype=source.dtype), alpha=weight)
 
 
 def _weights(config: MergeConfig) -> list[float]:
@@ -126,15 +123,11 @@ def _angles(first: Model, second: Model, t: float, workers: int, progress: Progr
 
 def _products(pair: tuple[RowSource, RowSource], begin: int, end: int) -> torch.Tensor:
     """[a.a, b.b, a.b] over some rows, in fp64, a little at a time."""
-    sizes = [(end - begin) * row_bytes(source) for source in pair]
     total = torch.zeros(3, dtype=torch.float64)
-    with scratch(sizes[0]) as left, scratch(sizes[1]) as right:
-        for source, block in zip(pair, (left, right), strict=True):
-            source.read_rows(begin, end, block)
-        a, b = (torch.frombuffer(block, dtype=source.dtype) for source, block in zip(pair, (left, right), strict=True))
-        for x, y in zip(a.split(1 << 18), b.split(1 << 18), strict=True):
-            x, y = x.double(), y.double()
-            total += torch.stack([x @ x, y @ y, x @ y])
+    step = max(1, _BLOCK_VALUES // row_values(pair[0]))
+    for first in range(begin, end, step):
+        a, b = (read(source, first, min(first + step, end)).double().flatten() for source in pair)
+        total += torch.stack([a @ a, b @ b, a @ b])
     return total
 
 
@@ -158,6 +151,8 @@ def _check_alike(models: list[Model]) -> None:
         ]
         if (first.reward or {}).get("attributes") != (other.reward or {}).get("attributes"):
             differing.append("one is a reward model of other attributes, or none")
+        elif (first.reward or {}).get("weights") != (other.reward or {}).get("weights"):
+            differing.append("the weights of the scalar reward differ")
         if not differing and first.tensors.keys() != other.tensors.keys():
             differing.append(f"only one has {', '.join(sorted(first.tensors.keys() ^ other.tensors.keys()))}")
         if differing:

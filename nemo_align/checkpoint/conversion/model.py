@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from nemo_align.data.tokenizer import SENTENCEPIECE_FILE
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float16: "fp16"}
 _LISTED = 6  # names in an error
+_SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 26
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,7 @@ class Model:
     files: dict[str, dict] = field(default_factory=dict)  # known checksums of files in `path`, as a manifest has them
     notes: list[str] = field(default_factory=list)  # what the user should know
     merged: dict | None = None  # how it was made of others
+    identify: Callable[[], str] | None = None  # the identity of what lies there now
 
     def __post_init__(self) -> None:
         """Raise ValueError on sizes that make no model and on number formats that weights do not come in."""
@@ -118,10 +120,20 @@ def tokenizer_folder(model: Model) -> Iterator[Path | None]:
 
 
 def files_identity(extents: dict[str, Extent]) -> str:
-    """A fingerprint of files by name, size and time of change: reading 680 GB to name a job would cost more than it
-    saves."""
-    described = [[name, extent.start, extent.num_bytes, _changed(extent.path)] for name, extent in extents.items()]
+    """A fingerprint of files: path, name, size, time of change, and 4 KiB of every 64 MiB. Times alone may be equal in
+    unpacked archives and mounted buckets; reading 680 GB to name a job would cost more than it saves."""
+    described = [
+        [name, str(Path(extent.path).resolve()), extent.start, extent.num_bytes, _changed(extent.path), _sample(extent)]
+        for name, extent in extents.items()
+    ]
     return checksums.digest_of([json.dumps(sorted(described)).encode()])
+
+
+def _sample(extent: Extent) -> str:
+    running = checksums.new_hash()
+    for start in range(0, extent.num_bytes, _SAMPLE_EVERY):
+        running.update(extent.part(start, min(_SAMPLE_BYTES, extent.num_bytes - start)).read())
+    return running.hexdigest()
 
 
 def _changed(path: str) -> int:

@@ -11,7 +11,7 @@ from nemo_align.config.model import ModelConfig
 from nemo_align.data.tokenizer import Tokenizer
 from nemo_align.model.counts import count_parameters, head_dim
 
-_STAGES = {
+STAGES = {  # the verbs that a checkpoint may come of
     "pretrain": "pretraining (next token)",
     "sft": "supervised fine-tuning",
     "reward": "reward model (regression on attributes)",
@@ -34,7 +34,7 @@ def model_card(model: Model, tokenizer: Tokenizer | None, *, dtype: str, joins_a
         *(f"- {tag}" for tag in tags),
         "---",
     ]
-    lines += ["", f"# {config.name}", "", f"Stage: {_STAGES.get(model.verb, model.verb)}, "]
+    lines += ["", f"# {config.name}", "", f"Stage: {STAGES.get(model.verb, model.verb)}, "]
     lines[-1] += f"step {model.step}. Written by nemo_align."
     lines += ["", "## Model", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _sizes(config))]
     lines += [f"| number format | {dtype} |"]
@@ -48,7 +48,7 @@ def model_card(model: Model, tokenizer: Tokenizer | None, *, dtype: str, joins_a
             "",
         ]
     if model.run_dir is not None:
-        lines += _run_text(model.run_dir)
+        lines += _run_text(model, model.run_dir)
     return "\n".join(lines) + "\n"
 
 
@@ -92,10 +92,10 @@ def _reward_text(reward: dict) -> list[str]:
     return lines
 
 
-def _run_text(run_dir: Path) -> list[str]:
+def _run_text(model: Model, run_dir: Path) -> list[str]:
     lines = []
-    if (path := run_dir / "result.json").is_file():
-        result = json.loads(path.read_text(encoding="utf-8"))
+    # A run's figures are those of its last checkpoint: shown for an earlier one they would praise what it is not.
+    if (result := _result(run_dir)) and result.get("output") == model.path.relative_to(run_dir).as_posix():
         lines += ["## Training", "", "| | |", "|---|---|"]
         names = {"experiment": "experiment", "steps": "steps", "examples": "examples", "tokens": "tokens"}
         names |= {"train_seconds": "training seconds", "mfu": "MFU (real tokens)", "peak_source": "MFU peak from"}
@@ -109,3 +109,19 @@ def _run_text(run_dir: Path) -> list[str]:
         lines += ["<details><summary>Configuration of the run: data and hyper-parameters</summary>", ""]
         lines += ["```yaml", config, "```", "", "</details>", ""]
     return lines
+
+
+def _result(run_dir: Path) -> dict:
+    """result.json; empty where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = run_dir / "result.json"
+    if not path.is_file():
+        return {}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to export without the run's figures") from None
+    return result if isinstance(result, dict) else {}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from nemo_align.checkpoint.conversion.model import DTYPE_NAMES, TORCH_DTYPES, Model, origin_of, tokenizer_folder
+from nemo_align.checkpoint import checksums
+from nemo_align.checkpoint.conversion.model import DTYPE_NAMES, TORCH_DTYPES, Model, listed, origin_of, tokenizer_folder
 from nemo_align.checkpoint.conversion.model_card import model_card
 from nemo_align.checkpoint.conversion.record import RECORD_FILE, record_of
 from nemo_align.checkpoint.conversion.target import Planned, Target, planned
@@ -29,6 +30,7 @@ from nemo_align.checkpoint.huggingface.weight_map import (
     weight_map,
 )
 from nemo_align.checkpoint.huggingface.whole_text import REMEDY
+from nemo_align.checkpoint.keys import HEAD_PREFIX
 from nemo_align.checkpoint.manifest import write_durably
 from nemo_align.checkpoint.streaming import safetensors, transfer
 from nemo_align.checkpoint.streaming.safetensors import Shard
@@ -53,6 +55,7 @@ def to_huggingface(
         ValueError: a number format that is not offered, or a head whose bias cannot be folded.
     """
     body = body_dtype(model, dtype)
+    note_rounding(model, body)
     tensors, sources = _tensors(model, body)
     shards = safetensors.lay_out(tensors, max_shard_bytes)
     kept = _kept_head(model)
@@ -70,11 +73,12 @@ def to_huggingface(
     index = safetensors.index_of(shards)
 
     def write_small(folder: Path) -> None:
-        if index is not None:
-            write_durably(folder / safetensors.INDEX, index)
         _write_small(folder, model, DTYPE_NAMES[body])
 
     def seal(folder: Path, job: str, files: dict[str, dict]) -> None:
+        if index is not None:
+            write_durably(folder / safetensors.INDEX, index)
+            files = files | {safetensors.INDEX: checksums.entry_of_file(folder / safetensors.INDEX)}
         write_durably(folder / RECORD_FILE, record_of(job, origin_of(model), files))
 
     options = {"to": "hf", "dtype": DTYPE_NAMES[body], "max_shard_bytes": max_shard_bytes}
@@ -91,6 +95,17 @@ def body_dtype(model: Model, dtype: str | None) -> torch.dtype:
         name = safetensors.DTYPE_NAMES.get(model.dtype, str(model.dtype))
         raise ValueError(f"{model.path} holds {name} weights: set dtype=bf16 or dtype=fp32")
     return model.dtype
+
+
+def note_rounding(model: Model, body: torch.dtype) -> None:
+    """Tell the user which tensors lose digits; a reward head never does."""
+    wider = [
+        key
+        for key, tensor in model.tensors.items()
+        if tensor.dtype.itemsize > body.itemsize and not key.startswith(HEAD_PREFIX)
+    ]
+    if wider and model.kind != "merge":
+        model.notes.append(f"rounded to {DTYPE_NAMES[body]}: {listed(wider)}. dtype=fp32 keeps every digit")
 
 
 def to_hf(weight: Weight, tensor: RowSource, config: ModelConfig) -> tuple[RowSource, ...]:

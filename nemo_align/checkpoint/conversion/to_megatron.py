@@ -12,7 +12,7 @@ import torch
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint.conversion.model import DTYPE_NAMES, Model, origin_of, tokenizer_folder
 from nemo_align.checkpoint.conversion.target import Planned, Target, planned
-from nemo_align.checkpoint.conversion.to_huggingface import body_dtype
+from nemo_align.checkpoint.conversion.to_huggingface import body_dtype, note_rounding
 from nemo_align.checkpoint.huggingface.weight_map import weight_map
 from nemo_align.checkpoint.keys import HEAD_PREFIX
 from nemo_align.checkpoint.safe_reading import METADATA_FILE
@@ -34,6 +34,7 @@ def to_megatron(model: Model, *, dtype: str | None = None) -> Target:
         ValueError: a number format that is not offered.
     """
     body = body_dtype(model, dtype)
+    note_rounding(model, body)
     tensors = {
         key: converted(source, torch.float32 if key.startswith(HEAD_PREFIX) else body, key)
         for key, source in model.tensors.items()

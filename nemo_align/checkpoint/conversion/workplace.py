@@ -62,7 +62,8 @@ class Workplace:
         if self.target.exists():
             if not overwrite and any(self.target.iterdir()):
                 raise ValueError(f"{self.target} appeared meanwhile: remove it and start the same command again")
-            shutil.rmtree(self.target)
+            # Aside first: deleted in place, a kill would leave half of it under its name.
+            os.rename(self.target, self._room / "replaced")
         os.rename(self.folder, self.target)
         flush_file(self.target.parent)
         self.close()

@@ -14,6 +14,7 @@ from nemo_align.config.hf_model import hf_reward_config
 from nemo_align.config.model import ModelConfig
 from nemo_align.model.counts import head_dim
 
+_NORM_BIAS = "model.norm.bias"
 _NAMED = 6  # tensors in an error
 
 
@@ -30,6 +31,7 @@ class HuggingFaceWeights:
         if with_output_layer and self.has_head:
             raise ValueError(f"{folder} is a reward model: it has no output layer to start a policy from")
         self.weights = {weight.megatron: weight for weight in weight_map(model, has_output_layer=with_output_layer)}
+        self.reward = hf_reward_config(folder)
         self._check()
         self._kept = self._find_kept_head()
         self.tensors: dict[str, RowSource] = {key: self._source(weight) for key, weight in self.weights.items()}
@@ -59,11 +61,17 @@ class HuggingFaceWeights:
             reward_head.BIAS: (attributes,),
         }
         missing = {reward_head.WEIGHT, reward_head.NORM_BIAS} - kept.names()
+        if self.reward is not None and not self.reward.head_bias:
+            shapes.pop(reward_head.BIAS)  # it was folded in, so leaving it out would change the scores
         wrong = [name for name in kept.names() if shapes.get(name) != kept.shape(name)]
+        if not (missing or wrong):
+            wrong = reward_head.differences(
+                {name: kept.read(name) for name in kept.names()}, self.files.read(SCORE), self.files.read(_NORM_BIAS)
+            )
         if missing or wrong:
             raise ValueError(
-                f"{self.folder / reward_head.HEAD_FILE} is not that of this model ({', '.join([*missing, *wrong])}): "
-                f"remove it to take {SCORE} as the head"
+                f"{self.folder / reward_head.HEAD_FILE} is not that of this model "
+                f"({', '.join(sorted([*missing, *wrong]))}): remove it to take {SCORE} as the head"
             )
         return {name: kept.stored(name) for name in kept.names()}
 
@@ -74,9 +82,10 @@ class HuggingFaceWeights:
             for name, shape in zip(weight.hf, weight.hf_shapes, strict=True)
         }
         stored = self.files.names()
-        reward = hf_reward_config(self.folder)
-        if self.has_head and reward is not None:
-            expected[SCORE] = (len(reward.attributes), self.model.hidden_size)
+        if self.reward is not None:
+            expected[SCORE] = (len(self.reward.attributes), self.model.hidden_size)
+        elif self.has_head:  # of a class that config.json does not name: its rows may be any number
+            expected[SCORE] = (*self.files.shape(SCORE)[:1], self.model.hidden_size)
         # A reward model that starts from a policy leaves its output layer; older files store the rotary frequencies.
         ignored = {SCORE, "lm_head.weight"} | {name for name in stored if name.endswith("rotary_emb.inv_freq")}
         problems = []

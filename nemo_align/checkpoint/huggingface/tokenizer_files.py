@@ -14,11 +14,14 @@ from nemo_align.data.chat_template import CHAT_TEMPLATE_JINJA, REWARD_CHAT_TEMPL
 from nemo_align.data.sentencepiece_model import CONTROL_TOKEN
 from nemo_align.data.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 from nemo_align.data.tokenizer import Tokenizer as OurTokenizer
+from nemo_align.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # What a tokenizer's folder may hand on to an export: vocabularies and settings, never code or pickles.
 _COPIED = (".json", ".model", ".txt")
+# In a model's folder these stand beside it and are not the tokenizer's.
+_OF_THE_MODEL = ("config.json", "generation_config.json", "conversion.json", "manifest.json")
 
 
 def write_tokenizer(source: Path, target: Path, *, is_reward: bool, max_length: int) -> OurTokenizer:
@@ -28,10 +31,13 @@ def write_tokenizer(source: Path, target: Path, *, is_reward: bool, max_length: 
     """
     tokenizer = load_tokenizer(source)
     for path in sorted(source.iterdir()):
-        if path.suffix in _COPIED and path.is_file() and path.name not in ("config.json", "generation_config.json"):
+        is_weights = path.name.endswith(".index.json") or path.name in _OF_THE_MODEL
+        if path.suffix in _COPIED and path.is_file() and not is_weights:
             if path.is_symlink():  # what lies elsewhere on this machine must not be published with the model
                 raise ValueError(f"{path} is a link; put the file itself there")
             shutil.copyfile(path, target / path.name)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer.save(target)  # marks it as such: beside tokenizer.json the file would not be read again
     template = REWARD_CHAT_TEMPLATE_JINJA if is_reward else CHAT_TEMPLATE_JINJA
     (target / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
     _ours_alone(target / "tokenizer_config.json", template)

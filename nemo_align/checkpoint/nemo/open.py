@@ -19,7 +19,7 @@ from nemo_align.checkpoint.nemo.tokenizer import find_tokenizer
 from nemo_align.checkpoint.safe_reading import METADATA_FILE
 from nemo_align.checkpoint.streaming.locations import Files, FolderFiles, TarFiles
 from nemo_align.checkpoint.streaming.tensors import Joined, RowSource, Slice, StoredTensor, rows_of
-from nemo_align.checkpoint.streaming.torch_dist import CONFIG_FILE, TensorReader
+from nemo_align.checkpoint.streaming.torch_dist import COMMON_FILE, CONFIG_FILE, TensorReader
 from nemo_align.checkpoint.streaming.zarr import ARRAY_FILE, ZarrArray
 from nemo_align.config.choices import HELPSTEER2_WEIGHTS
 from nemo_align.data.row_formats.nemo_aligner import LABEL_SLOTS
@@ -74,7 +74,11 @@ def _open(path: Path, files: Files, unused_attributes: str) -> Model:
     others = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if len(others) > 1:
         notes.append(f"the weights mix {', '.join(sorted(others))}: without dtype= all get the embedding's format")
-    used = {name: found for name in names if EXTRA_STATE not in name and (found := files.find(name)) is not None}
+    ours = (name for name in names if name.startswith(WEIGHTS) or name == configs.CONFIG_FILE)
+    read = (name for name in ours if EXTRA_STATE not in name and not name.endswith(COMMON_FILE))
+    used = {name: found for name in read if (found := files.find(name)) is not None}
+    if tokenizer is not None:
+        used["tokenizer"] = tokenizer.extent
     return Model(
         kind="nemo",
         path=path,

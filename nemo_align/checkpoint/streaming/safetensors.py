@@ -49,6 +49,12 @@ class SafetensorsFolder:
         self._where = FolderFiles(folder)
         self.entries: dict[str, Entry] = {}
         index = self._where.find(INDEX) if single is None else None
+        if index is not None and self._where.find(SINGLE) is not None and single is None:
+            named = b'"' + SINGLE.encode() + b'"'
+            if named not in index.read():  # transformers would take the one, and we the others
+                raise ValueError(
+                    f"{folder} has both {SINGLE} and {INDEX}, which names other files: remove the stale one"
+                )
         if index is not None:
             self._read_index(index)
         elif self._where.find(single or SINGLE) is not None:
@@ -101,6 +107,9 @@ class SafetensorsFolder:
             if name not in headers[file]:
                 raise ValueError(f"{self.folder / file} lacks {name}, which {INDEX} says it holds")
             self.entries[name] = headers[file][name]
+        for file, header in headers.items():
+            if unlisted := sorted(header.keys() - weight_map.keys()):
+                raise ValueError(f"{self.folder / file} holds {', '.join(unlisted[:6])}, which {INDEX} does not list")
 
     def _read_header(self, file: str) -> dict[str, Entry]:
         extent = self._where.find(file)

@@ -104,7 +104,12 @@ class Journal:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            # Some network file systems lock nothing; then two commands at once are the user's to avoid.
+            busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        else:
+            busy = False
+        if busy:
             os.close(self._descriptor)
             raise ValueError(f"another process is writing {path.parent}: wait for it or stop it") from None
         self.done: dict[int, str] = {}
@@ -349,17 +354,23 @@ def _chunks_of(part: Part) -> Iterator[bytes | memoryview]:
     crc = 0
     if part.wrapper is not None:
         yield part.wrapper.head
-    width = row_bytes(part.source)
-    step = max(1, _SLAB_BYTES // width)
-    for first in range(part.first, part.last, step):
-        last = min(first + step, part.last)
-        with scratch((last - first) * width) as values:
-            part.source.read_rows(first, last, values)
-            if part.wrapper is not None:
-                crc = zlib.crc32(values, crc)
-            yield values
+    for values in blocks(part.source, part.first, part.last):
+        if part.wrapper is not None:
+            crc = zlib.crc32(values, crc)
+        yield values
     if part.wrapper is not None:
         yield part.wrapper.tail(crc)
+
+
+def blocks(source: RowSource, first: int, last: int) -> Iterator[memoryview]:
+    """Rows [first, last) of a source, about a MiB at a time, each block in the same buffer as the one before."""
+    width = row_bytes(source)
+    step = max(1, _SLAB_BYTES // width)
+    for begin in range(first, last, step):
+        end = min(begin + step, last)
+        with scratch((end - begin) * width) as values:
+            source.read_rows(begin, end, values)
+            yield values
 
 
 def _write_all(descriptor: int, chunk: bytes | memoryview, position: int) -> int:

@@ -93,6 +93,7 @@ def test_an_export_tells_where_it_comes_from(tmp_path: Path) -> None:
     path = import_hf(write_hf(tmp_path / "hf"), run_dir / "checkpoints" / "step_0000007")
     (run_dir / "config.yaml").write_text("optimizer:\n  lr: 3.0e-07\n")
     result = {"experiment": "tiny/sft", "steps": 7, "mfu": 0.41, "last": {"validation/main/loss": 1.25}}
+    result["output"] = "checkpoints/step_0000007"
     (run_dir / "result.json").write_text(json.dumps(result))
     card = (export_hf(run_dir, tmp_path / "out") / "README.md").read_text()
     # 2 x 11 x 8 embeddings, 2 x (8 x 32 + 16 x 8 + 2 x 8 x 16) matrices, 2 x 5 x 8 norms.

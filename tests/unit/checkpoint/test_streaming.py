@@ -215,9 +215,9 @@ def test_rounding_is_torchs() -> None:
 def test_values_that_would_become_infinite_are_refused(value: float) -> None:
     source = HeldTensor(torch.tensor([[1.0], [value]]))
     assert same(read(Converted(source, torch.bfloat16, "w"), 0, 1), torch.ones(1, 1).bfloat16())
-    with pytest.raises(ValueError, match=r"w holds -?3\.\d+e\+38, which torch.bfloat16 cannot express"):
+    with pytest.raises(ValueError, match=r"w holds -?3\.\d+e\+38, too large for torch\.bfloat16"):
         read(Converted(source, torch.bfloat16, "w"))
-    with pytest.raises(ValueError, match=r"which torch\.float16 cannot express"):
+    with pytest.raises(ValueError, match=r"too large for torch\.float16"):
         read(Converted(HeldTensor(torch.tensor([70000.0]).bfloat16()), torch.float16, "w"))
 
 
