@@ -33,7 +33,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return runs.train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+FAST = ("tiny", "one_file_bf16", "multi_head_bf16")  # in `make test`; the others in `make test-full`
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in FAST else pytest.param(name, marks=pytest.mark.full) for name in VARIANTS],
+)
 def variant(request: pytest.FixtureRequest) -> dict:
     return dict(VARIANTS[request.param])
 

@@ -43,6 +43,7 @@ class Case:
     ends: tuple[End, ...]  # of one process after another; the next one resumes
 
 
+FAST = ("sft_packed", "pretrain_ramp", "reward", "dpo")  # in `make test`; the others in `make test-full`
 EIGHT = "train.max_steps=8"
 RAMP = "train.batch_ramp=[{from_tokens:0,global_batch_size:4},{from_tokens:480,global_batch_size:8}]"
 CASES = {
@@ -153,7 +154,9 @@ def make_run(case: Case, inputs: StageInputs, policy: Path, run_dir: Path, *extr
     return Run(case.verb, run_dir, overrides)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.full) for name in CASES]
+)
 def test_a_resumed_run_ends_as_an_undisturbed_one(name, pool1, pool2, stage_inputs, policy, tmp_path):
     case = CASES[name]
     pool = pool2 if case.layout else pool1
@@ -174,7 +177,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(name, pool1, pool2, stage_inpu
     assert validated[0] == validated[1]  # of all processes of the run
 
 
-@pytest.mark.parametrize("layout", [{}, {"data": 2}], ids=str)
+@pytest.mark.parametrize("layout", [pytest.param({}, marks=pytest.mark.full), {"data": 2}], ids=str)
 def test_scoring_goes_on_where_it_stopped(layout, pool1, pool2, stage_inputs, policy, tmp_path):
     """520 responses are three batches; what was scored before the end is not scored again."""
     pool = pool2 if layout else pool1
@@ -197,7 +200,7 @@ def test_scoring_goes_on_where_it_stopped(layout, pool1, pool2, stage_inputs, po
     assert (parts.run_dir / "many.jsonl").read_bytes() == (whole.run_dir / "many.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("any_layout", [False, True])
+@pytest.mark.parametrize("any_layout", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_layout_may_change_between_saves(any_layout, pool1, pool2, stage_inputs, policy, tmp_path):
     """Another data-parallel size after any save, another TP and PP after fully reshardable ones: the same examples in
     the same order, so the same losses to rounding (fp32 sums in another order, carried on by the updates)."""

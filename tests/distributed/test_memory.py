@@ -115,6 +115,7 @@ def test_memory_of_pretraining(inputs: StageInputs, tmp_path: Path) -> None:
     check_growth(run, "train")
 
 
+@pytest.mark.full
 def test_memory_of_sft_and_preference_training(inputs: StageInputs, tmp_path: Path) -> None:
     length = f"train.max_steps={3 * STEPS}"
     policy = measured("sft", tmp_path / "sft", training(inputs, "sft", length))

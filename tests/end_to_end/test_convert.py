@@ -134,7 +134,9 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["to megatron", "to hf"])
+@pytest.mark.parametrize(
+    "there", [pytest.param(True, id="to megatron"), pytest.param(False, id="to hf", marks=pytest.mark.full)]
+)
 def test_killed_at_random_moments_it_ends_the_same(there: bool, source: Path, megatron: Path, tmp_path: Path) -> None:
     """Five kills in each direction: ten in all."""
     origin = source if there else megatron

@@ -51,6 +51,7 @@ def losses(run_dir: Path) -> list[dict]:
     return numbers(read_metrics(run_dir), "train")
 
 
+@pytest.mark.full
 def test_a_frozen_rank_is_named_and_its_run_goes_on(stage_inputs, tmp_path):
     texts = arguments(stage_inputs, HANG, "runtime.max_restarts=1")
     code, said, pids = frozen_in_training(1, *texts, cwd=tmp_path)

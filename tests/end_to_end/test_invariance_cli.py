@@ -49,6 +49,7 @@ def test_the_cases_have_every_verb_and_number_of_workers():
     assert {world_size(case) for case in CASES} == {1, 2, 3, 4}
 
 
+@pytest.mark.full
 def test_the_command_equals_the_pool(pools, models, stage_inputs, tmp_path):
     """To the last bit: what the tests on pools of workers prove, they prove of the command."""
     case = next(case for case in DESIGN if case["objective"] == "dpo" and world_size(case) == 2)

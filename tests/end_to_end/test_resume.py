@@ -22,8 +22,16 @@ def outcome(run_dir) -> tuple[list[dict], list[dict]]:
     return numbers(records, "train"), numbers(records, "validation")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("case", CASES)
+# One of each kind in `make test`; the other two in `make test-full`.
+@pytest.mark.parametrize(
+    "case, how",
+    [
+        ("sft", signal.SIGKILL),
+        ("pretrain", signal.SIGTERM),
+        pytest.param("sft", signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param("pretrain", signal.SIGKILL, marks=pytest.mark.full),
+    ],
+)
 def test_an_interrupted_run_ends_as_an_undisturbed_one(case, how, stage_inputs, undisturbed, tmp_path):
     verb, extra = CASES[case]
     arguments = [verb, *MODEL, *stage_overrides(stage_inputs, verb), *extra, "checkpoint.save_every=2", "run_dir=run"]
