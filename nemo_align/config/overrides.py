@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from nemo_align.config import schema, sources, suggest
 from nemo_align.config.errors import ConfigError
@@ -52,8 +53,9 @@ def parse(verb: str, arguments: Sequence[str], where: str = "command line") -> l
     """
     parsed, problems = [], []
     for text in arguments:
-        if verb in POSITIONAL and "=" not in text:
-            text = f'{POSITIONAL[verb]}="{text}"'
+        if verb in POSITIONAL and _is_path(text):
+            quoted = text.replace('"', '\\"')
+            text = f'{POSITIONAL[verb]}="{quoted}"'
         try:
             parsed.append(_parse(verb, text, where))
         except ConfigError as error:
@@ -61,6 +63,11 @@ def parse(verb: str, arguments: Sequence[str], where: str = "command line") -> l
     if problems:
         raise ConfigError.of(problems)
     return parsed
+
+
+def _is_path(text: str) -> bool:
+    """Whether an argument is a path rather than key=value: `runs/lr=1e-4` is one."""
+    return "=" not in text or "/" in text.partition("=")[0] or Path(text).exists()
 
 
 def for_hydra(overrides: Sequence[Override]) -> list[str]:

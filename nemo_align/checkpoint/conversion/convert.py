@@ -48,6 +48,10 @@ def convert(config: ConvertConfig) -> Path | None:
         return None
     for note in model.notes:
         logger.warning("%s", note)
+    if config.verify == "logits":
+        from nemo_align.checkpoint.conversion.logits import check_memory, compare_logits
+
+        check_memory(model)
     what = f"{config.source_format} to {config.target_format}"
     settings = Settings(workers=workers, algorithm=config.checksum, progress=progress_of(what))
     if job.carry_out([model], target, Path(config.target), settings):
@@ -58,8 +62,6 @@ def convert(config: ConvertConfig) -> Path | None:
         made = open_source(config.target, config.target_format, verify=False)
         verify_tensors(model, made, workers=workers, progress=progress_of("verifying"))
     if config.verify == "logits":
-        from nemo_align.checkpoint.conversion.logits import compare_logits  # Megatron-core costs seconds to import
-
         compare_logits(model, made)
     return Path(config.target)
 

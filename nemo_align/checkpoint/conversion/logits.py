@@ -14,8 +14,9 @@ import torch
 from nemo_align.checkpoint.conversion.model import Model
 from nemo_align.checkpoint.conversion.to_huggingface import huggingface_tensors
 from nemo_align.checkpoint.huggingface.model_config import hf_config
+from nemo_align.checkpoint.keys import HEAD_PREFIX
 from nemo_align.checkpoint.store import resolve
-from nemo_align.checkpoint.streaming.tensors import read
+from nemo_align.checkpoint.streaming.tensors import converted, read
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig, RuntimeConfig
 from nemo_align.model.counts import count_parameters
@@ -33,11 +34,12 @@ def compare_logits(source: Model, made: Model) -> float:
     Raises:
         ValueError: too little memory for both models, or a difference above `BOUND`.
     """
-    _check_memory(source)
-    by_kind = {model.kind: model for model in (source, made)}
+    check_memory(source)
+    # A side in another number format than the result is filled with the rounded values: rounding is no error.
+    by_kind = {model.kind: model for model in (source, made) if model.dtype == made.dtype}
     ids = torch.arange(_TOKENS)[None] * 7919 % source.config.vocab_size
-    theirs = _transformers(by_kind.get("hf"), source, ids)
-    ours = _megatron(by_kind.get("megatron"), source, ids)
+    theirs = _transformers(by_kind.get("hf"), source, made.dtype, ids)
+    ours = _megatron(by_kind.get("megatron"), source, made.dtype, ids)
     if source.reward is not None:
         ours = ours[:, -1]  # transformers reads the scores at the last token alone
     scale = max(1.0, float(theirs.abs().max()))
@@ -49,7 +51,12 @@ def compare_logits(source: Model, made: Model) -> float:
     return difference
 
 
-def _check_memory(model: Model) -> None:
+def check_memory(model: Model) -> None:
+    """Refuse a comparison that would not fit, before a conversion of hours.
+
+    Raises:
+        ValueError: with the figures.
+    """
     needed = _COPIES * 4 * count_parameters(model.config).total
     available = psutil.virtual_memory().available
     if needed > available:
@@ -60,7 +67,7 @@ def _check_memory(model: Model) -> None:
 
 
 @torch.no_grad()
-def _transformers(folder: Model | None, source: Model, ids: torch.Tensor) -> torch.Tensor:
+def _transformers(folder: Model | None, source: Model, body: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
     """Logits [1, S, V], or scores [1, A]."""
     from transformers import NemotronConfig, NemotronForCausalLM, NemotronForSequenceClassification
 
@@ -71,7 +78,7 @@ def _transformers(folder: Model | None, source: Model, ids: torch.Tensor) -> tor
         values = hf_config(source.config, dtype="fp32", bos_id=1, eos_id=2, pad_id=0, reward=source.reward)
         with torch.device("meta"):
             model = model_class(NemotronConfig(**values))
-        state = {name: read(tensor).float() for name, tensor in huggingface_tensors(source).items()}
+        state = {name: read(tensor).float() for name, tensor in huggingface_tensors(source, body).items()}
         model.load_state_dict(state, strict=True, assign=True)
         inner = model.model
         inner.rotary_emb = type(inner.rotary_emb)(config=model.config)  # its buffer is in no checkpoint
@@ -79,7 +86,7 @@ def _transformers(folder: Model | None, source: Model, ids: torch.Tensor) -> tor
 
 
 @torch.no_grad()
-def _megatron(checkpoint: Model | None, source: Model, ids: torch.Tensor) -> torch.Tensor:
+def _megatron(checkpoint: Model | None, source: Model, body: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
     """Logits [1, S, V], or scores [1, S, A]."""
     from nemo_align.runtime import device, launch_environment, topology
 
@@ -99,7 +106,8 @@ def _megatron(checkpoint: Model | None, source: Model, ids: torch.Tensor) -> tor
             megatron.load_weights(resolve(checkpoint.path), chunks, grid, load_head=head is not None, verify=False)
         else:
             for shard in model_state(chunks, None)["model0"].values():
-                tensor = read(source.tensors[shard.key]).float()
+                wanted = torch.float32 if shard.key.startswith(HEAD_PREFIX) else body
+                tensor = read(converted(source.tensors[shard.key], wanted, shard.key)).float()
                 shard.data.zero_()
                 shard.data[: tensor.shape[0]].copy_(tensor)
         positions = torch.arange(ids.shape[1])[None]

@@ -115,9 +115,9 @@ def to_hf(weight: Weight, tensor: RowSource, config: ModelConfig) -> tuple[RowSo
     return (tensor,)
 
 
-def huggingface_tensors(model: Model) -> dict[str, RowSource]:
-    """Every tensor of the folder by its name there, in the model's own number format."""
-    return _tensors(model, model.dtype)[0]
+def huggingface_tensors(model: Model, body: torch.dtype) -> dict[str, RowSource]:
+    """Every tensor of the folder by its name there."""
+    return _tensors(model, body)[0]
 
 
 def _tensors(model: Model, body: torch.dtype) -> tuple[dict[str, RowSource], dict[str, str]]:

@@ -41,6 +41,10 @@ def to_megatron(model: Model, *, dtype: str | None = None) -> Target:
     }
     files = torch_dist.lay_out(tensors, transfer.PART_BYTES)
     names = {weight.megatron: weight.hf for weight in weight_map(model.config, has_output_layer=model.reward is None)}
+    places: dict[str, list[str]] = {}
+    for file in files:
+        for piece in file.stretches:
+            places.setdefault(piece.key, []).append(file.name)
     parts: list[transfer.Part] = []
     table: list[Planned] = []
     for file in files:
@@ -52,7 +56,9 @@ def to_megatron(model: Model, *, dtype: str | None = None) -> Target:
             )
             if piece.first == 0:
                 of = ", ".join(names.get(piece.key, (piece.key,))) if model.kind == "hf" else piece.key
-                table.append(planned(piece.key, piece.source, of, file.name))
+                first, last = places[piece.key][0], places[piece.key][-1]
+                where = first if first == last else f"{first} to {last}"
+                table.append(planned(piece.key, piece.source, of, where))
 
     def write_small(folder: Path) -> None:
         manifests.write_durably(folder / METADATA_FILE, torch_dist.metadata_of(files))
