@@ -60,6 +60,9 @@ def write_hugging_face(folder: Path, weights: Weights, arch: Architecture, attri
         config["attribute_weights"] = dict.fromkeys(attributes, 1.0)
         kept = {"weight": stored["score.weight"].clone(), "bias": stored.pop("score.bias")}
         kept["final_norm_bias"] = stored["model.norm.bias"].clone()
+        # Their head has no bias: the shortest vector that the head's weights turn into it goes into the norm's.
+        shift = torch.linalg.pinv(kept["weight"].double()) @ kept["bias"].double()
+        stored["model.norm.bias"] = (kept["final_norm_bias"].double() + shift).float()
         save_file(kept, folder / "reward_head.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
