@@ -18,7 +18,7 @@ from tests.end_to_end.commands import command, environment
 from tests.faults import remains
 
 TOKEN = "NEMO_ALIGN_FAULT_RUN"  # in the environment of everything that a run starts
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.003
 LOOK_SECONDS, LOOK_AGAIN_SECONDS = 0.25, 1.0  # between looks for ports: until some are found, and then
 ATTEMPT_SECONDS = 900.0  # for a run of seconds: the machine may do much else; only a run that hangs takes so long
 STEP = re.compile(r"INFO nemo_align: (?!reference |score )\S+ (\d+)/(\d+)  ")
@@ -60,9 +60,7 @@ class Job:
 
     def logs(self) -> list[Path]:
         """log.txt of the run, and of each stage if it is a pipeline."""
-        # Looked for at every poll: only where stages can be.
-        of_stages = sorted(self.run_dir.glob("*/log.txt")) if self.arguments[0] == "pipeline" else []
-        return [path for path in (self.run_dir / "log.txt", *of_stages) if path.exists()]
+        return [path for path in (self.run_dir / "log.txt", *sorted(self.run_dir.glob("*/log.txt"))) if path.exists()]
 
 
 class Attempt:
@@ -95,8 +93,6 @@ class Attempt:
         """Lines of the log since this start: of one stage of a pipeline, or of everything in order of the stages."""
         for path in self.job.logs():
             offset = self._offsets.get(path, 0)
-            if path.stat().st_size <= offset:
-                continue
             with open(path, "rb") as stream:
                 stream.seek(offset)
                 new = stream.read()
