@@ -148,6 +148,17 @@ def test_an_index_names_files_of_its_folder(name: str, tmp_path: Path) -> None:
         SafetensorsFolder(folder)
 
 
+def test_weights_twice_in_a_folder(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "hf")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    SafetensorsFolder(folder)
+    hf_folder(folder)  # an older export that was not cleaned away
+    with pytest.raises(ValueError, match=r"has both model\.safetensors and .* remove the stale one"):
+        SafetensorsFolder(folder)
+
+
 # The report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>--><svg onload=alert(1)>"

@@ -49,14 +49,13 @@ class SafetensorsFolder:
         self._where = FolderFiles(folder)
         self.entries: dict[str, Entry] = {}
         index = self._where.find(INDEX) if single is None else None
-        if index is not None and self._where.find(SINGLE) is not None and single is None:
-            named = b'"' + SINGLE.encode() + b'"'
-            if named not in index.read():  # transformers would take the one, and we the others
+        if index is not None:
+            self._read_index(index)
+            files = {entry.file for entry in self.entries.values()}
+            if self._where.find(SINGLE) is not None and SINGLE not in files:  # transformers takes one, we the others
                 raise ValueError(
                     f"{folder} has both {SINGLE} and {INDEX}, which names other files: remove the stale one"
                 )
-        if index is not None:
-            self._read_index(index)
         elif self._where.find(single or SINGLE) is not None:
             self.entries = self._read_header(single or SINGLE)
         else:
