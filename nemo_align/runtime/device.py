@@ -50,6 +50,12 @@ def select(local_rank: int) -> torch.device:
     return device()
 
 
+def peak_memory_gib() -> float | None:
+    """GiB of tensors that this process held at most at one time on its GPU, caches of the allocator not counted; None on
+    a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if use_gpu() else None
+
+
 def backend() -> str:
     """The backend of torch.distributed for `device()`."""
     return "nccl" if use_gpu() else "gloo"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from nemo_align.data.step_plan import StepPlan
+from nemo_align.runtime.device import peak_memory_gib
 from nemo_align.training.forward_totals import ForwardTotals
 from nemo_align.training.metrics import MetricsWriter
 from nemo_align.training.peak import peak_tflops
@@ -54,6 +55,9 @@ class Telemetry:
     def train_step(self, plan: StepPlan, metrics: Mapping[str, float], seconds: float) -> None:
         """One training step, after the state has counted it."""
         metrics = {**metrics, "num_tokens": self.state.tokens, **self.throughput.step(plan, seconds)}
+        memory = peak_memory_gib()
+        if memory is not None:
+            metrics["perf/peak_memory_gib"] = memory
         self._write("train", metrics)
         self.progress.update(self.state.step, metrics)
 

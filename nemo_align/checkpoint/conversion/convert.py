@@ -53,16 +53,23 @@ def convert(config: ConvertConfig) -> Path | None:
 
         check_memory(model)
     what = f"{config.source_format} to {config.target_format}"
-    settings = Settings(workers=workers, algorithm=config.checksum, progress=progress_of(what))
+
+    def check(folder: Path) -> None:
+        made = open_source(folder, config.target_format, verify=False)
+        verify_tensors(model, made, workers=workers, progress=progress_of("verifying"))
+        if config.verify == "logits":
+            compare_logits(model, made)
+
+    settings = Settings(
+        workers=workers,
+        algorithm=config.checksum,
+        progress=progress_of(what),
+        check=None if config.verify == "false" else check,
+    )
     if job.carry_out([model], target, Path(config.target), settings):
         logger.info("converted %s to %s: %d tensors", config.source, config.target, len(target.planned))
     else:
         logger.info("%s was converted before from the same source: verified, left alone", config.target)
-    if config.verify != "false":
-        made = open_source(config.target, config.target_format, verify=False)
-        verify_tensors(model, made, workers=workers, progress=progress_of("verifying"))
-    if config.verify == "logits":
-        compare_logits(model, made)
     return Path(config.target)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from nemo_align.checkpoint import checksums
 from nemo_align.checkpoint import manifest as manifests
 from nemo_align.checkpoint.checksums import BLAKE3
+from nemo_align.checkpoint.conversion import workplace
 from nemo_align.checkpoint.conversion.model import Model
 from nemo_align.checkpoint.conversion.record import RECORD_FILE, read_record
 from nemo_align.checkpoint.conversion.target import Target
@@ -36,6 +37,7 @@ class Settings:
     overwrite: bool = False
     progress: Progress | None = None
     beat: Callable[[str], None] = lambda _: None
+    check: Callable[[Path], None] | None = None  # raises if the folder is not what it should be: then it never appears
 
 
 def job_of(models: list[Model], target: Target, algorithm: str) -> str:
@@ -66,7 +68,10 @@ def carry_out(models: list[Model], target: Target, path: Path, settings: Setting
         raise ValueError(f"target={path} lies inside the source: name a folder elsewhere")
     job = job_of(models, target, settings.algorithm)
     if is_done(path, job) and not settings.overwrite:
+        workplace.clear(path, job)
         verify_files(path, settings)
+        if settings.check is not None:
+            settings.check(path)
         return False
     if path.exists() and not settings.overwrite and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already: remove it or name another target")
@@ -98,6 +103,8 @@ def carry_out(models: list[Model], target: Target, path: Path, settings: Setting
         for model in models:
             _refuse_changed(model)
         target.seal(place.folder, job, entries)
+        if settings.check is not None:
+            settings.check(place.folder)
         place.publish(overwrite=settings.overwrite)
     except OSError as error:
         raise transfer.cannot_go_on(error, place.folder) from None

@@ -31,7 +31,7 @@ class Workplace:
         """
         self.target = target
         prefix = f".tmp-{target.name}-"
-        self._room = target.with_name(prefix + job[:_ID_CHARACTERS])
+        self._room = _room_of(target, job)
         self.folder = self._room / "target"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,9 @@ class Workplace:
             if not overwrite and any(self.target.iterdir()):
                 raise ValueError(f"{self.target} appeared meanwhile: remove it and start the same command again")
             # Aside first: deleted in place, a kill would leave half of it under its name.
-            os.rename(self.target, self._room / "replaced")
+            replaced = self._room / "replaced"
+            shutil.rmtree(replaced, ignore_errors=True)  # of this job, killed while it left
+            os.rename(self.target, replaced)
         os.rename(self.folder, self.target)
         flush_file(self.target.parent)
         self.close()
@@ -74,6 +76,17 @@ class Workplace:
         if not self.journal.done and self.folder.is_dir() and not any(self.folder.iterdir()):
             shutil.rmtree(self._room, ignore_errors=True)
         self.journal.close()
+
+
+def clear(target: Path, job: str) -> None:
+    """Remove what a job left that was killed when its target had appeared."""
+    room = _room_of(target, job)
+    if room.is_dir() and _is_idle(room):
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _room_of(target: Path, job: str) -> Path:
+    return target.with_name(f".tmp-{target.name}-{job[:_ID_CHARACTERS]}")
 
 
 def _is_idle(room: Path) -> bool:

@@ -1,0 +1,28 @@
+"""Tests of what only a GPU runs: Transformer Engine's layers, NCCL, FP8. `pytest -m full tests/gpu` where there is one.
+
+The processes of the commands decide for themselves between GPU and CPU; this one does not touch CUDA.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_align.runtime.local_launch import number_of_gpus
+from tests.gpu.commands import GpuInputs, make_inputs
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="no GPU")
+    for item in items:
+        if HERE in item.path.parents and number_of_gpus() == 0:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> GpuInputs:
+    """Rows, and a policy and a reward model that a CPU made."""
+    return make_inputs(tmp_path_factory.mktemp("gpu"))
