@@ -51,8 +51,7 @@ def select(local_rank: int) -> torch.device:
 
 
 def peak_memory_gib() -> float | None:
-    """GiB of tensors that this process held at most at one time on its GPU, caches of the allocator not counted; None on
-    a CPU."""
+    """GiB that tensors of this process held at most on its GPU so far (caches not counted); None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if use_gpu() else None
 
 

@@ -24,9 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 DATA = ROOT / "data" / "quickstart"
 MODELS = {
-    "340b_rank": ["nemotron4_340b", "ffn_hidden_size=9216", "num_attention_heads=12", "num_query_groups=1", "head_dim=192"],
+    "340b_rank": [
+        "nemotron4_340b",
+        "ffn_hidden_size=9216",
+        "num_attention_heads=12",
+        "num_query_groups=1",
+        "head_dim=192",
+    ],
     "15b": ["nemotron4_15b"],
-}  # fmt: skip
+}
 PRECISIONS = ["bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"]
 LAYERS, VOCABULARY, LENGTH = 4, 8192, 4096
 

@@ -47,9 +47,8 @@ def verify_tensors(source: Model, made: Model, *, workers: int, progress: Progre
     finally:
         progress.end()
     if problems:
-        raise ValueError(
-            f"{made.path} differs from {source.path}: {'; '.join(problems[:6])}. Remove it and convert again"
-        )
+        listed = "; ".join(problems[:6])
+        raise ValueError(f"{made.path} differs from {source.path}: {listed}. Remove it and convert again")
     total = sum(map(num_bytes, expected.values()))
     rounded = [key for key, tensor in expected.items() if tensor.dtype.itemsize < source.tensors[key].dtype.itemsize]
     how = f" ({len(rounded)} of them after rounding)" if rounded else ""

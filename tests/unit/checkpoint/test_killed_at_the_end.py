@@ -1,4 +1,4 @@
-"""A conversion that is killed while its target is sealed and published: never half a target, and the same bytes in the end."""
+"""A conversion killed while its target is sealed and published: never half a target, and in the end the same one."""
 
 from __future__ import annotations
 
