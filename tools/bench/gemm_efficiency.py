@@ -98,7 +98,7 @@ def memory() -> dict[str, float]:
     """GB/s read and written by a copy, an addition and a layer norm of 1 GiB."""
     source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    rows = source.view(-1, 18432 // 2)[: 2**15]
+    rows = source[: 2**15 * 9216].view(-1, 9216)
     weight = torch.ones(rows.shape[1], device="cuda", dtype=torch.bfloat16)
     return {
         "copy": 2 * 2**30 / milliseconds(lambda: target.copy_(source)) / 1e6,
