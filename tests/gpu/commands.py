@@ -81,7 +81,8 @@ def command(verb: str, run_dir: Path, overrides: list[str], environment: dict[st
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-m", "nemo_align.cli", verb, *overrides, f"run_dir={run_dir}", "runtime.threads=2"],
-        cwd=ROOT, env=variables | (environment or {}), capture_output=True, text=True, errors="replace", timeout=400, check=False,
+        cwd=ROOT, env=variables | (environment or {}), capture_output=True, text=True, errors="replace",
+        timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return steps_of(run_dir)
