@@ -20,7 +20,7 @@ from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.stages.language_model import LanguageModelObjective
 from nemo_align.stages.rows import cache_directory
-from nemo_align.training.batch_schedule import BatchSchedule
+from nemo_align.data.batch_schedule import BatchSchedule
 from nemo_align.training.run import run_training
 from nemo_align.training.session import open_session
 from nemo_align.training.step_layout import step_layout
