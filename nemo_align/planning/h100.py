@@ -20,6 +20,11 @@ TILE_OVERHEAD_K = 256.0
 # Attention with the mask halved, as a part of the bf16 peak: forward, backward.
 ATTENTION = (0.45, 0.40)
 
+# Standard deviation of the speed of GPUs that are sold as equal, under one power limit: Sinha et al., "Not all GPUs are
+# created equal" (arXiv 2208.11035), find a range of 8 % on average, four of these. Ranks that wait for each other go at
+# the pace of the slowest of them.
+SPEED_SPREAD = 0.02
+
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
 # HBM3, bytes per second: datasheet 3.35 TB/s, and the part of it that streaming kernels reach.
@@ -42,8 +47,9 @@ NVLINK_BYTES_PER_SECOND = 370e9
 NVLINK_ALL_REDUCE_BYTES_PER_SECOND = 480e9
 # NCCL over one 400 Gb/s adapter, of which a DGX H100 has one per GPU: 46 to 48 GB/s (nccl-tests issue 290).
 NIC_BYTES_PER_SECOND = 47e9
-# Start of a collective inside a node, and one hop of a ring between nodes (nccl-tests, smallest messages).
-NVLINK_SECONDS = 20e-6
+# Start of a collective inside a node: half of the rate above is reached at about 15 MB, as in nccl-tests' curves. One
+# hop of a ring between nodes (nccl-tests, smallest messages).
+NVLINK_SECONDS = 40e-6
 RING_HOP_SECONDS = 10e-6
 # Part of the SMs that NCCL's channels hold while they run beside a product (16 to 24 of 132, NCCL's defaults).
 NCCL_SM_SHARE = 0.15

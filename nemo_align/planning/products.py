@@ -4,6 +4,9 @@ An SM computes one output tile at a time, so a product takes whole waves of tile
 draining its pipeline; and no product is faster than its operands pass through memory:
 
     seconds = max(waves x 2 tile_rows tile_columns (k + k0) / (sustained rate / SMs),  bytes / memory rate) + launch
+
+Gradients of weights are added to fp32 values at the end of each tile. A tile fills an SM's memory, so nothing else hides
+that: its bytes come on top. They weigh most where a micro-batch has few tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ _BYTES = {"bf16": 2, "fp8": 1, "fp32": 4}
 
 @functools.lru_cache(maxsize=4096)
 def product_seconds(rows: int, columns: int, inner: int, kind: str = "bf16", output_bytes: int = 2) -> float:
-    """[rows, inner] x [inner, columns]. `kind` of the operands: bf16 | fp8 | fp32; `output_bytes` of a result value,
-    8 where it is added to fp32 values in memory (read and written)."""
+    """[rows, inner] x [inner, columns]. `kind` of the operands: bf16 | fp8 | fp32; `output_bytes` that pass for a result
+    value: 2, or 8 where it is added to fp32 values in memory (read and written)."""
     if not rows or not columns or not inner:
         return 0.0
     flops_per_sm = h100.PEAK_TFLOPS[kind] * 1e12 * h100.SUSTAINED[kind] / h100.NUM_SMS
@@ -28,7 +31,8 @@ def product_seconds(rows: int, columns: int, inner: int, kind: str = "bf16", out
     tile = 2 * h100.TILE[0] * h100.TILE[1] * (inner + h100.TILE_OVERHEAD_K)
     compute = waves * tile / flops_per_sm
     moved = (rows * inner + inner * columns) * _BYTES[kind] + rows * columns * output_bytes
-    return max(compute, moved / h100.HBM_BYTES_PER_SECOND) + _LAUNCH_SECONDS
+    added = rows * columns * (output_bytes - 2) / h100.HBM_BYTES_PER_SECOND
+    return max(compute + added, moved / h100.HBM_BYTES_PER_SECOND) + _LAUNCH_SECONDS
 
 
 def efficiency(rows: int, columns: int, inner: int, kind: str = "bf16") -> float:

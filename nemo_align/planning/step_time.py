@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 from nemo_align.planning import h100
@@ -105,7 +107,20 @@ def _stage_passes(job: Job, stage: int) -> list[Passes]:
         chunks[0] = (slower or chunks[0]) + embedding(job)
     if stage == parallel.pipeline - 1:
         chunks[-1] = (slower or chunks[-1]) + output(job) if len(chunks) > 1 or stage else chunks[-1] + output(job)
-    return chunks
+    return [_at_the_slowest_pace(job, chunk) for chunk in chunks]
+
+
+def _at_the_slowest_pace(job: Job, passes: Passes) -> Passes:
+    """The ranks of a stage wait for each other in every layer (tensor) and in every step (data): what they compute
+    takes as long as on the slowest of n, which lies sqrt(2 ln n) standard deviations from the mean."""
+    count = job.parallel.tensor * job.data
+    slow = 1 + h100.SPEED_SPREAD * math.sqrt(2 * math.log(count))
+
+    def slowed(seconds: Seconds) -> Seconds:
+        parts = ("products", "attention", "memory")
+        return dataclasses.replace(seconds, **{part: slow * getattr(seconds, part) for part in parts})
+
+    return Passes(slowed(passes.forward), slowed(passes.backward), slow * passes.recomputed)
 
 
 def _transfer_seconds(job: Job) -> float:
