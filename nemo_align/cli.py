@@ -93,8 +93,8 @@ def _main(arguments: list[str]) -> int:
         return SUCCESS
     if verb == "plan" and (options.multirun or options.info is not None or options.cfg in ("hydra", "all")):
         raise ValueError(
-            "plan composes a stage of another verb: for Hydra's view ask that verb, as in `nemo-align pretrain --info`; "
-            "to compare layouts use search=true"
+            "plan composes a stage of another verb: for Hydra's view ask that verb (`nemo-align pretrain --info`); to "
+            "compare layouts use search=true"
         )
     if options.info is not None or options.cfg in ("hydra", "all"):
         from nemo_align.config import hydra_main

@@ -132,8 +132,8 @@ def verb_help(verb: str) -> str:
     parts.append("Keys (no + needed; <name> is a name of your choice):\n" + "\n".join(_key_lines(verb)))
     if verb == "plan":
         parts.append(
-            "Every other key, group and experiment is one of the stage's verb: see `nemo-align pretrain --help`. What only "
-            "a run needs (files, tokenizer, optimizer.lr, checkpoint.init_from if model= is given) may be left out."
+            "Every other key, group and experiment is one of the stage's verb: see `nemo-align pretrain --help`. What "
+            "only a run needs (files, tokenizer, optimizer.lr, checkpoint.init_from beside model=) may be left out."
         )
     return "\n\n".join(parts)
 

@@ -1,1 +1,1 @@
-"""The Nemotron architecture as Megatron-core config and layers, the reward head, parameter and FLOP counts."""
+"""What a configuration needs and yields before it runs: parameters, memory, time, layouts. docs/plan.md explains it."""

@@ -1,6 +1,7 @@
 """Seconds of one layer, of the embedding and of the output, for one micro-batch on one rank.
 
-Legend: T tokens of the micro-batch, h hidden, f feed-forward, q heads x head_dim, k groups x head_dim, t tensor-parallel size.
+Legend: T tokens of the micro-batch, h hidden, f feed-forward, q heads x head_dim, k groups x head_dim, t
+tensor-parallel size.
 A layer is LayerNorm, QKV [h, q + 2k], attention, projection [q, h], LayerNorm, fc1 [h, f], squared ReLU, fc2 [f, h].
 """
 
@@ -49,9 +50,7 @@ class Passes:
     recomputed: float = 0.0  # of the backward pass
 
     def __add__(self, other: Passes) -> Passes:
-        return Passes(
-            self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed
-        )
+        return Passes(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
 
     def __mul__(self, times: float) -> Passes:
         return Passes(self.forward * times, self.backward * times, self.recomputed * times)

@@ -10,7 +10,10 @@ import numpy as np
 from nemo_align.config.data import RowsDataConfig
 from nemo_align.data.plain_arrays import load_array
 
-_REMEDY = "name a .npy of whole numbers [rows] or [rows, 2], a text file with the lengths of a row in each line, or a cache folder"
+_REMEDY = (
+    "name a .npy of whole numbers [rows] or [rows, 2], a text file with the lengths of a row in each line, or a cache "
+    "folder"
+)
 
 
 def read_lengths(path: Path, segments: int) -> np.ndarray:
@@ -50,8 +53,8 @@ def fitted(lengths: np.ndarray, data: RowsDataConfig) -> np.ndarray:
     keep = (lengths <= most).all(axis=1)
     if data.overlong == "error" and not keep.all():
         raise ValueError(
-            f"{int((~keep).sum()):,} of {len(keep):,} rows are longer than data.sequence_length={most} (the longest has "
-            f"{int(lengths.max()):,} tokens) and data.overlong=error: raise the length, or set data.overlong=drop"
+            f"{int((~keep).sum()):,} of {len(keep):,} rows are longer than data.sequence_length={most} (the longest "
+            f"has {int(lengths.max()):,} tokens) and data.overlong=error: raise the length, or set data.overlong=drop"
         )
     if not keep.any():
         raise ValueError(f"every row is longer than data.sequence_length={most}")

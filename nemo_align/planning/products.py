@@ -5,8 +5,8 @@ draining its pipeline; and no product is faster than its operands pass through m
 
     seconds = max(waves x 2 tile_rows tile_columns (k + k0) / (sustained rate / SMs),  bytes / memory rate) + launch
 
-Gradients of weights are added to fp32 values at the end of each tile. A tile fills an SM's memory, so nothing else hides
-that: its bytes come on top. They weigh most where a micro-batch has few tokens.
+Gradients of weights are added to fp32 values at the end of each tile. A tile fills an SM's memory, so nothing else
+hides that: its bytes come on top. They weigh most where a micro-batch has few tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _BYTES = {"bf16": 2, "fp8": 1, "fp32": 4}
 
 @functools.lru_cache(maxsize=4096)
 def product_seconds(rows: int, columns: int, inner: int, kind: str = "bf16", output_bytes: int = 2) -> float:
-    """[rows, inner] x [inner, columns]. `kind` of the operands: bf16 | fp8 | fp32; `output_bytes` that pass for a result
-    value: 2, or 8 where it is added to fp32 values in memory (read and written)."""
+    """[rows, inner] x [inner, columns]. `kind` of the operands: bf16 | fp8 | fp32; `output_bytes` that pass for a
+    result value: 2, or 8 where it is added to fp32 values in memory (read and written)."""
     if not rows or not columns or not inner:
         return 0.0
     flops_per_sm = h100.PEAK_TFLOPS[kind] * 1e12 * h100.SUSTAINED[kind] / h100.NUM_SMS

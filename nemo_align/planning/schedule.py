@@ -1,8 +1,8 @@
 """Megatron-core's pipeline schedules: what each rank does in which order, what it holds, and how long a step takes.
 
-1F1B (`virtual_pipeline` 1) and the interleaved schedule (arXiv 2104.04473, section 2.2). The order of forward and backward passes is
-that of `megatron.core.pipeline_parallel.schedules`; the time is that of the slowest chain through it, found by walking
-through the order, so uneven stages (the output projection on the last) need no rule of their own.
+1F1B (`virtual_pipeline` 1) and the interleaved schedule (arXiv 2104.04473, section 2.2). The order of forward and
+backward passes is that of `megatron.core.pipeline_parallel.schedules`; the time is that of the slowest chain through
+it, found by walking through the order, so uneven stages (the output projection on the last) need no rule of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def chunks_in_flight(stage: int, pipeline: int, virtual: int, micro_batches: int
 
 
 def order(stage: int, pipeline: int, virtual: int, micro_batches: int) -> list[Operation]:
-    """The passes of one stage in order. Interleaved: groups of `pipeline` micro-batches go through chunk after chunk."""
+    """The passes of one stage in order. Interleaved: groups of `pipeline` micro-batches go chunk after chunk."""
     forwards = [
         (chunk, micro_batch)
         for start in range(0, micro_batches, pipeline)
