@@ -147,6 +147,10 @@ def _fill(verb: str, tree: dict[str, Any]) -> list[str]:
         if not tree["data"]["phases"]:
             phase = {"steps": STAND_IN_STEPS, "blend": {"text": {"path": "text"}}}
             put("data", "phases", {"all": phase})
+        for name, phase in tree["data"]["phases"].items():
+            if isinstance(phase, dict) and not phase.get("blend"):
+                phase["blend"] = {"text": {"path": "text"}}
+                filled.append(f"data.phases.{name}.blend")
     else:
         if not tree["data"]["train"]:
             put("data", "train", {"rows": {"path": "rows.jsonl"}})

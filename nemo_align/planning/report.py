@@ -15,7 +15,7 @@ from nemo_align.planning.parameters import stage_chunks, stage_parameters, total
 from nemo_align.planning.result import DAY, HOUR, PlanResult, SearchResult
 from nemo_align.planning.scaling import ScalingRow
 
-_WIDTH = 120  # where the output is no terminal
+_WIDTH = 140  # where the output is no terminal
 _MEMORY_NAMES = {
     "weights": "weights",
     "gradients": "gradients",
@@ -37,6 +37,8 @@ def print_plan(result: PlanResult) -> None:
     main, job = result.main, result.main.job
     console.print(_head(result, job))
     console.print(_parameters(result))
+    if result.counted is not None:
+        console.print(_comparison(job, result.counted))
     console.print(_memory(main))
     _print_verdict(console, result)
     console.print(_time(main))
@@ -109,23 +111,34 @@ def _head(result: PlanResult, job: Job) -> str:
 
 def _parameters(result: PlanResult) -> Table:
     job = result.main.job
-    stages = _shown_stages(job)
-    counted = ("counted",) if result.counted is not None else ()
-    table = _table("pipeline stage", "layers", "embedding", "output", "norms", *(("head",) if job.head else ()), "total", *counted, "chunks")  # fmt: skip  # noqa: E501
-    table.title = (
-        f"\nparameters on each rank; {total_parameters(job.model, job.parallel, job.head):,} in the whole model"
-    )
-    for stage in stages:
+    names = ["layers", "embedding", "output", "norms", *(["head"] if job.head else [])]
+    if result.counted is not None:
+        names = ["built"]
+    table = _table("pipeline stage", *names, "total", "chunks")
+    table.title = f"\nparameters on each rank; {total_parameters(job.model, job.parallel, job.head):,} in the model"
+    for stage in _shown_stages(job):
         sums = stage_parameters(job.model, job.parallel, stage, job.head)
+        built = {} if result.counted is None else {"built": sum(result.counted[stage])}
+        cells = [f"{built.get(name) or getattr(sums, name):,}" for name in names]
         chunks = [chunk.total for chunk in stage_chunks(job.model, job.parallel, stage, job.head)]
-        cells = [f"{sums.layers:,}", f"{sums.embedding:,}", f"{sums.output:,}", f"{sums.norms:,}"]
-        cells += [f"{sums.head:,}"] if job.head else []
-        cells += [f"{sums.total:,}"]
-        if result.counted is not None:
-            same = result.counted[stage] == chunks
-            cells += [f"{sum(result.counted[stage]):,}{'' if same else ' DIFFERS'}"]
-        table.add_row(_stage_name(job, stage), *cells, _runs(chunks))
+        table.add_row(_stage_name(job, stage), *cells, f"{sums.total:,}", _runs(chunks))
     return table
+
+
+def _comparison(job: Job, counted: list[list[int]]) -> str:
+    """The closed form against the built model, over all stages and chunks."""
+    differing = [
+        f"stage {stage} chunk {chunk}: {built:,} built, {expected.total:,} expected"
+        for stage, chunks in enumerate(counted)
+        for chunk, (built, expected) in enumerate(
+            zip(chunks, stage_chunks(job.model, job.parallel, stage, job.head), strict=True)
+        )
+        if built != expected.total
+    ]
+    number = sum(map(len, counted))
+    if differing:
+        return f"the built model DIFFERS from the closed form: {'; '.join(differing)}"
+    return f"all {number} chunks of {len(counted)} stages, built on the meta device, have the closed form's parameters"
 
 
 def _memory(estimate: Estimate) -> Table:

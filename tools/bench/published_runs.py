@@ -76,7 +76,7 @@ def _run(source: str, name: str, model: dict, layout: tuple[int, int, int, int],
 
 
 def _readme(name: str, heads: int, hidden: int, layers: int, layout: tuple[int, int], batch: int, mfu: float) -> Run:
-    """`layout`: TP, PP; 48 replicas each. Taken for all: one layer per chunk, two sequences where there is no pipeline."""
+    """`layout`: TP, PP; 48 replicas. Taken for all: one layer per chunk, two sequences where there is no pipeline."""
     tensor, pipeline = layout
     virtual, rows = (layers // pipeline, 1) if pipeline > 1 else (1, 2)
     taken = f"VP {virtual}, micro-batch 1" if pipeline > 1 else "micro-batch 2"
@@ -171,23 +171,34 @@ def compare(run: Run) -> dict[str, float | str | bool]:
     }
 
 
+def table(rows: list[dict] | None = None) -> list[str]:
+    """The comparison as lines of Markdown."""
+    found = [compare(run) for run in RUNS] if rows is None else rows
+    lines = [
+        "| run | published, s | predicted, s | published MFU | predicted MFU | time off by | taken where the source is open |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    source = None
+    for row in found:
+        if row["source"] != source:
+            source = row["source"]
+            lines.append(f"| **{source}** | | | | | | |")
+        seconds = f"{row['published_seconds']:.2f} | {row['predicted_seconds']:.2f}"
+        mfu = f"{row['published_mfu']:.1f} | {row['predicted_mfu']:.1f} | {row['error_percent']:+.1f} %"
+        lines.append(f"| {row['run']} | {seconds} | {mfu} | {row['open']} |")
+    errors = [float(row["error_percent"]) for row in found]
+    absolute = [abs(error) for error in errors]
+    mean = f"mean {sum(errors) / len(errors):+.1f} %, mean of the absolute values {sum(absolute) / len(absolute):.1f} %"
+    lines.append(f"| all | | | | | {mean}, largest {max(absolute):.1f} % | |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
     rows = [compare(run) for run in RUNS]
-    print("| run | published s | predicted s | published MFU | predicted MFU | time off by | open |")
-    print("|---|---|---|---|---|---|---|")
-    source = None
-    for row in rows:
-        if row["source"] != source:
-            source = row["source"]
-            print(f"| **{source}** | | | | | | |")
-        seconds = f"{row['published_seconds']:.2f} | {row['predicted_seconds']:.2f}"
-        mfu = f"{row['published_mfu']:.1f} | {row['predicted_mfu']:.1f} | {row['error_percent']:+.1f} %"
-        print(f"| {row['run']} | {seconds} | {mfu} | {row['open']} |")
-    errors = [abs(float(row["error_percent"])) for row in rows]
-    print(f"\nMean of the absolute errors: {sum(errors) / len(errors):.1f} %; the largest: {max(errors):.1f} %")
+    print("\n".join(table(rows)))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
