@@ -48,6 +48,7 @@ def planned(
         squared_tokens=rows * LENGTH**2,
         real_tokens=batch * LENGTH,
         real_squared_tokens=batch * LENGTH**2,
+        rows=rows,
     )
     job = Job(
         model=read_model("nemotron4_340b"),

@@ -69,7 +69,8 @@ def working_bytes(job: Job) -> float:
 
 def output_bytes(job: Job) -> float:
     """Final norm, logits and loss of one micro-batch on the last stage. The loss keeps the logits, whose memory takes
-    their gradient, and works in fp32 on a few hundred tokens at a time."""
+    their gradient, and works in fp32 on a few hundred tokens at a time. Logits of several rows exist twice for a
+    moment: Megatron-core turns [S, B, V] into [B, S, V]."""
     model, tokens, e = job.model, job.work.tokens, job.value_bytes
     norm = 2 * tokens * e * model.hidden_size / job.sequence_split
     if job.head is not None:
@@ -77,4 +78,5 @@ def output_bytes(job: Job) -> float:
     columns = padded_vocab_size(model, job.parallel.tensor) // job.parallel.tensor
     gathered = tokens * e * model.hidden_size if job.parallel.sequence else 0.0
     chunk = 2 * 4 * min(tokens, _LOSS_CHUNK_TOKENS) * columns
-    return norm + gathered + tokens * e * columns + chunk
+    copies = 2 if job.work.rows > 1 else 1
+    return norm + gathered + copies * tokens * e * columns + chunk

@@ -19,6 +19,7 @@ class StepWork:
     squared_tokens: float  # of one micro-batch: sum of squared segment lengths, padding included
     real_tokens: float  # of the whole step, over all data-parallel ranks
     real_squared_tokens: float  # the same: sum of squared segment lengths
+    rows: int = 1  # sequences side by side in a micro-batch; packed rows are one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,7 @@ def step_work(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | No
         squared_tokens=sum(plan.padded_squared_tokens for plan in plans) / cells,
         real_tokens=float(np.mean([plan.real_tokens for plan in plans])),
         real_squared_tokens=float(np.mean([plan.squared_tokens for plan in plans])),
+        rows=rows,
     )
 
 

@@ -141,6 +141,7 @@ def predict(run: Run) -> Estimate:
         squared_tokens=run.rows * run.length**2,
         real_tokens=run.batch * run.length,
         real_squared_tokens=run.batch * run.length**2,
+        rows=run.rows,
     )
     precision = PrecisionConfig(fp8=run.fp8, grad_reduce_fp32=not run.bf16_gradients)
     job = Job(model=model, parallel=parallel, precision=precision, work=work, tensor_overlap=run.overlap)
@@ -175,7 +176,7 @@ def table(rows: list[dict] | None = None) -> list[str]:
     """The comparison as lines of Markdown."""
     found = [compare(run) for run in RUNS] if rows is None else rows
     lines = [
-        "| run | published, s | predicted, s | published MFU | predicted MFU | time off by | taken where the source is open |",
+        "| run | published, s | predicted, s | published MFU | predicted MFU | time off by | taken where it is open |",
         "|---|---|---|---|---|---|---|",
     ]
     source = None

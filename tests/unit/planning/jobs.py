@@ -35,6 +35,7 @@ def job(
         squared_tokens=rows * length**2,
         real_tokens=batch * length,
         real_squared_tokens=batch * length**2,
+        rows=rows,
     )
     return Job(
         model=read_model(model) if isinstance(model, str) else model,
