@@ -67,9 +67,9 @@ test-full: $(VENV)/.ready-test
 
 test-full test-faults: export NEMO_ALIGN_FAULTS_KILLS := $(FAULT_KILLS)
 
-# Kills, full disks, damaged checkpoints and frozen ranks under real runs: a part of test-full.
+# Kills, signals, full disks, damaged checkpoints and frozen ranks under real runs: a part of test-full.
 test-faults: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m full tests/faults $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m full tests/faults tests/end_to_end/test_resume.py tests/end_to_end/test_pipeline_chain.py $(PYTEST_ARGS)
 
 # The other end of the supported range: megatron-core 0.19 needs Python 3.12.
 test-312:

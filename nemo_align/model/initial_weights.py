@@ -33,8 +33,6 @@ def initialize_weights(chunk: nn.Module, model: ModelConfig, seed: int) -> None:
         parallel_state.get_tensor_model_parallel_rank(),
     )
     for name, weight in _matrices(chunk):
-        if weight.is_meta:  # a dry run has no values
-            continue
         std = model.init_std
         if name.endswith(_RESIDUAL_OUTPUTS):
             std /= math.sqrt(2 * model.num_layers)
@@ -56,6 +54,8 @@ def generator_of(name: str, seed: int, device: torch.device) -> torch.Generator:
 def _matrices(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights split over the tensor group, with their names in the whole model (layers numbered from 0)."""
     for name, parameter in chunk.named_parameters():
+        if parameter.is_meta:  # a dry run has no values, and Transformer Engine then has not marked what is split
+            continue
         if not getattr(parameter, "tensor_model_parallel", False):
             # Its module has given it its values. A matrix has none yet: Megatron was told to leave them unset.
             assert parameter.dim() == 1 or name == "reward_head.weight", f"{name} is not split over the tensor group"

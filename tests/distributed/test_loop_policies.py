@@ -83,7 +83,9 @@ def distance(before: dict, after: dict) -> float:
     return math.sqrt(sum(float((after[name].double() - before[name].double()).square().sum()) for name in before))
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{}, {"tensor": 2, "sequence": True}, pytest.param({"pipeline": 2}, marks=pytest.mark.full)], ids=str
+)
 def test_clipping_bounds_the_update_and_the_log_shows_the_norm_before_it(
     layout, pool1, pool2, stage_inputs, policy, tmp_path
 ):
@@ -128,7 +130,11 @@ def poisoned(stage_inputs, policy, tmp_path) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}, {"data": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({}, marks=pytest.mark.full), pytest.param({"pipeline": 2}, marks=pytest.mark.full), {"data": 2}],
+    ids=str,
+)
 def test_a_loss_that_is_not_finite_is_skipped_if_asked_for(layout, pool1, pool2, poisoned, tmp_path):
     overrides = [*poisoned, "train.nonfinite=skip"]
     records = run_stage(pool2 if layout else pool1, "preference", tmp_path / "run", overrides, layout)
@@ -142,7 +148,7 @@ def test_a_loss_that_is_not_finite_is_skipped_if_asked_for(layout, pool1, pool2,
     assert (state["step"], state["skipped_steps"], state["consumed_examples"]) == (3, 1, 30)
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("layout", [pytest.param({}, marks=pytest.mark.full), {"pipeline": 2}], ids=str)
 def test_a_loss_that_is_not_finite_stops_before_the_update(layout, pool1, pool2, poisoned, tmp_path):
     with pytest.raises(RemoteError) as caught:
         run_stage(pool2 if layout else pool1, "preference", tmp_path / "run", poisoned, layout)
@@ -172,7 +178,11 @@ def steep(poisoned) -> list[str]:
     return [*poisoned, "preference.gt_reward_scale=1e18", "preference.ref_policy_kl_penalty=1e4"]
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"data": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({}, marks=pytest.mark.full), pytest.param({"tensor": 2}, marks=pytest.mark.full), {"data": 2}],
+    ids=str,
+)
 def test_a_gradient_that_is_not_finite_is_skipped_whatever_the_loss(layout, pool1, pool2, steep, tmp_path):
     overrides = [*steep, "train.nonfinite=skip"]
     records = run_stage(pool2 if layout else pool1, "preference", tmp_path / "run", overrides, layout)
@@ -187,7 +197,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_whatever_the_loss(layout, pool
     assert (state["step"], state["skipped_steps"], state["consumed_examples"]) == (3, 1, 30)
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("layout", [pytest.param({}, marks=pytest.mark.full), {"pipeline": 2}], ids=str)
 def test_a_gradient_that_is_not_finite_stops_before_the_update(layout, pool1, pool2, steep, tmp_path):
     with pytest.raises(RemoteError) as caught:
         run_stage(pool2 if layout else pool1, "preference", tmp_path / "run", steep, layout)
@@ -198,7 +208,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(layout, pool1, po
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000001"]
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"data": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({}, marks=pytest.mark.full), pytest.param({"tensor": 2}, marks=pytest.mark.full), {"data": 2}],
+    ids=str,
+)
 def test_adams_moments_are_carried_over_if_asked_for(layout, pool1, pool2, stage_inputs, policy, tmp_path):
     """The first gradient g is the same: moments from zero are (1 - beta) g, carried over they have beta m0 besides."""
     pool = pool2 if layout else pool1

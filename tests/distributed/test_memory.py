@@ -133,6 +133,7 @@ def test_memory_of_reward_training_and_of_scoring(inputs: StageInputs, tmp_path:
     check_growth(scored, "forward")
 
 
+@pytest.mark.full
 def test_preference_training_holds_one_model(inputs: StageInputs, tmp_path: Path) -> None:
     """Its peak, the pass with the reference model included, is within 10 % of SFT's at the same micro-batch tokens.
 

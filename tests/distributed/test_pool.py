@@ -81,6 +81,7 @@ def test_an_error_on_all_ranks_leaves_the_pool_alive(pool2):
     assert pool2.run(pid) == before
 
 
+@pytest.mark.full
 def test_an_error_on_one_rank_is_named_and_the_pool_rebuilt():
     pool = WorkerPool(2)
     try:

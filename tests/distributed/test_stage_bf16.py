@@ -55,7 +55,7 @@ def test_bf16_is_near_the_oracle(case: Case, request, pools, models, stage_input
 
 
 @pytest.mark.parametrize(
-    "verb, layout", [("sft", "one process"), ("reward", "tp2_sp")]
+    "verb, layout", [("sft", "one process"), pytest.param("reward", "tp2_sp", marks=pytest.mark.full)]
 )  # reward: buffers of two number formats
 def test_a_resumed_run_is_exact(verb, layout, pool1, pool2, stage_inputs, policy, tmp_path):
     """Four steps at once and two and two: the same records, weights, fp32 copies and moments."""

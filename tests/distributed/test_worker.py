@@ -171,6 +171,7 @@ def test_a_stop_that_comes_before_the_first_step_ends_every_rank_there(command, 
     assert "stopped by a signal before the first step" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.full
 def test_waiting_for_a_rank_that_goes_on_is_no_hang(command, tmp_path):
     body = """
         from nemo_align.runtime import watchdog

@@ -21,8 +21,6 @@ WORDS = [
 ]  # fmt: skip
 PROJECT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.slow
-
 
 def sentence(number: int, length: int) -> str:
     return " ".join(WORDS[(number * 7 + k * k) % len(WORDS)] for k in range(length))
@@ -143,7 +141,8 @@ def test_the_same_command_again_trains_nothing(data, undisturbed):
     assert (undisturbed / "dpo" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_in_a_stage_it_goes_on_and_ends_the_same(data, undisturbed, tmp_path, number):
     run_dir = tmp_path / "run"
     with open(tmp_path / "output.txt", "wb") as output:

@@ -5,12 +5,13 @@ The processes of the commands decide for themselves between GPU and CPU; this on
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from nemo_align.runtime.local_launch import number_of_gpus
-from tests.gpu.commands import GpuInputs, make_inputs
+from tests.gpu.commands import FOLDER, GpuInputs, make_inputs
 
 HERE = Path(__file__).parent
 
@@ -24,5 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> GpuInputs:
-    """Rows, and a policy and a reward model that a CPU made."""
-    return make_inputs(tmp_path_factory.mktemp("gpu"))
+    """Rows, and a policy that a CPU made."""
+    folder = os.environ.get(FOLDER)
+    return make_inputs(Path(folder).resolve() if folder else tmp_path_factory.mktemp("gpu"))

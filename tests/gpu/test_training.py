@@ -6,44 +6,37 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.commands import NO_GPU, GpuInputs, command
+from tests.gpu.commands import CASES, NO_GPU, GpuInputs, command
 
 pytestmark = pytest.mark.full
 
 # bf16 has 8 bits of precision; the two sides round in other places of every layer.
 LOSS, NORM = 1e-2, 4e-2
-CASES = {
-    "sft": ("sft", []),
-    "sft_unpacked": ("sft", ["train.packing=false"]),
-    "reward": ("reward", []),
-    "dpo": ("preference", ["preference.preference_loss=dpo"]),
-    "rpo": ("preference", ["preference.preference_loss=rpo_bwd_kl", "preference.sft_loss_weight=1e-5"]),
-}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradient_norms_are_those_of_a_cpu(case: str, inputs: GpuInputs, tmp_path: Path) -> None:
     verb, extra = CASES[case]
-    overrides = [*inputs.overrides(verb), *extra]
-    on_cpu = command(verb, tmp_path / "cpu", overrides, NO_GPU)
-    on_gpu = command(verb, tmp_path / "gpu", overrides)
-    assert len(on_gpu) == len(on_cpu) == 3
+    on_gpu = command(verb, tmp_path / "gpu", [*inputs.overrides(verb), *extra])
+    on_cpu = inputs.on_cpu(case)
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         print(case, cpu["step"], cpu["loss"], gpu["loss"], cpu["grad_norm"], gpu["grad_norm"])
+    for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         assert gpu["loss"] == pytest.approx(cpu["loss"], rel=LOSS)
         assert gpu["grad_norm"] == pytest.approx(cpu["grad_norm"], rel=NORM)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 @pytest.mark.parametrize("verb", ["pretrain", "sft"])
-def test_fp8_follows_bf16(verb: str, recipe: str, inputs: GpuInputs, tmp_path: Path) -> None:
+def test_fp8_follows_bf16(verb: str, inputs: GpuInputs, tmp_path: Path) -> None:
     overrides = [*inputs.overrides(verb), "data.sequence_length=128"]
     plain = command(verb, tmp_path / "bf16", overrides)
-    fp8 = command(verb, tmp_path / "fp8", [*overrides, f"precision=fp8_{recipe}"])
-    for one, other in zip(plain, fp8, strict=True):
-        print(verb, recipe, one["step"], one["loss"], other["loss"], one["grad_norm"], other["grad_norm"])
-        assert other["loss"] == pytest.approx(one["loss"], rel=0.03)
-        assert one["loss"] != other["loss"], "nothing was computed in FP8"
+    for recipe in ("delayed", "tensorwise", "blockwise"):
+        fp8 = command(verb, tmp_path / recipe, [*overrides, f"precision=fp8_{recipe}"])
+        for one, other in zip(plain, fp8, strict=True):
+            print(verb, recipe, one["step"], one["loss"], other["loss"], one["grad_norm"], other["grad_norm"])
+        for one, other in zip(plain, fp8, strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=0.03)
+            assert one["loss"] != other["loss"], "nothing was computed in FP8"
 
 
 def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(inputs: GpuInputs, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_two_per_cent_of_general_sft_is_code(data: Path) -> None:
     assert {task_of(row) for row in code} <= known
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_same_files_byte_for_byte(data: Path, tmp_path: Path) -> None:
     again = write(tmp_path / "again")
     names = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file())
