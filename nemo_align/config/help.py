@@ -108,7 +108,8 @@ def verb_help(verb: str) -> str:
     has_runs = "experiment" in schema.fields(root)  # convert has neither experiments nor groups, and nothing to sweep
     has_groups = has_runs or verb == "plan"  # those of the stage's verb
     choosing = "[+experiment=<recipe>/<stage>] [group=choice] [key=value]" if has_groups else "key=value"
-    options = [(name, text) for name, text in _OPTIONS if has_runs or name != "--multirun"]
+    left_out = [] if has_runs else ["--multirun", *(["--info [what]"] if verb == "plan" else [])]
+    options = [(name, text) for name, text in _OPTIONS if name not in left_out]
     parts = [
         f"Usage: nemo-align {verb} {choosing} ...\n\n{VERB_LINES[verb][0].upper()}{VERB_LINES[verb][1:]}.",
         "Examples:\n" + "\n".join(f"  {example}" for example in _EXAMPLES[verb]),

@@ -27,7 +27,9 @@ class Change:
     estimate: Estimate
 
 
-def changes_that_fit(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None) -> list[Change]:
+def changes_that_fit(
+    stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None, *, tensor_overlap: bool = False
+) -> list[Change]:
     """Changes under which the stage fits, by GPUs needed and then by throughput; nothing if no two keys are enough."""
     singles = list(_changes(stage))
     for tried in (([change] for change in singles), map(list, itertools.combinations(singles, 2))):
@@ -42,11 +44,14 @@ def changes_that_fit(stage: TrainStageConfig, batch_size: int, lengths: np.ndarr
                 changed = variant(stage, **keys)
                 if problems(changed):
                     continue
-                job = job_of(changed, batch_size, lengths, tensor_overlap=False)
+                job = job_of(changed, batch_size, lengths, tensor_overlap=tensor_overlap)
                 if memory_plan(job).fits:
                     found.append((keys, changed))
         if found:
-            fitting = [Change(_overrides(keys), estimate(changed, batch_size, lengths)) for keys, changed in found]
+            fitting = [
+                Change(_overrides(keys), estimate(changed, batch_size, lengths, tensor_overlap=tensor_overlap))
+                for keys, changed in found
+            ]
             fitting.sort(key=lambda c: (c.estimate.job.world_size, -c.estimate.tokens_per_second_per_gpu))
             return fitting[:_SHOWN]
     return []

@@ -29,8 +29,8 @@ SPEED_SPREAD = 0.02
 
 # HBM3, bytes per second: datasheet 3.35 TB/s, and the part of it that streaming kernels reach.
 HBM_BYTES_PER_SECOND = 3.35e12 * 0.90
-# Bytes that the driver shows of a card sold as 80 GB: 81,559 MiB (nvidia-smi).
-CARD_BYTES = 81559 * 2**20
+# Bytes of a card sold as 80 GB that torch can give: "a total capacity of 79.1 GiB" in its out-of-memory messages.
+CARD_BYTES = int(79.1 * 2**30)
 # CUDA context with the kernels of torch, cuBLAS and Transformer Engine, and their workspaces.
 CONTEXT_BYTES = int(1.2e9)
 # NCCL: channel buffers of one communicator over NVLink or InfiniBand (16 to 32 channels, 4 MiB a side and channel).

@@ -42,7 +42,9 @@ def plan_layout(planned: PlannedStage) -> PlanResult:
     length = stage_length(planned)
     estimates = [estimate(stage, batches.size, length.lengths, tensor_overlap=overlap) for batches in length.batches]
     main, batch_size = estimates[-1], length.batches[-1].size
-    changes = [] if main.memory.fits else changes_that_fit(stage, batch_size, length.lengths)
+    changes = []
+    if not main.memory.fits:
+        changes = changes_that_fit(stage, batch_size, length.lengths, tensor_overlap=overlap)
     counted = None
     if planned.plan.exact:
         from nemo_align.planning.exact import count_parameters_exactly

@@ -78,6 +78,7 @@ def print_search(result: SearchResult) -> None:
         f"parallel.pipeline={best.parallel.pipeline}",
         f"parallel.virtual_pipeline={best.parallel.virtual_pipeline}",
         f"parallel.sequence={str(best.parallel.sequence).lower()}",
+        "parallel.overlap_grad_reduce=true",
     ]
     if best.parallel.recompute != "none":
         overrides.append(f"parallel.recompute={best.parallel.recompute}")

@@ -33,8 +33,8 @@ def search(
 ) -> Found:
     """The `top` fastest layouts of `gpus` GPUs that fit.
 
-    Tensor parallelism stays inside a node and brings sequence parallelism; what `parallel` says of overlap and the
-    optimizer stays as it is.
+    Tensor parallelism stays inside a node and brings sequence parallelism, gradients are reduced during the backward
+    pass; what else `parallel` says stays as it is.
     """
     tried = 0
     fitting: list[tuple[float, int, TrainStageConfig, MemoryPlan]] = []
@@ -79,6 +79,7 @@ def _layouts(stage: TrainStageConfig, gpus: int) -> Iterator[TrainStageConfig]:
                             parallel__virtual_pipeline=virtual,
                             parallel__data=gpus // (tensor * pipeline),
                             parallel__sequence=tensor > 1,
+                            parallel__overlap_grad_reduce=True,
                             parallel__recompute=recompute,
                             parallel__recompute_layers=1,
                             **_micro_batch(stage, rows),
