@@ -1,4 +1,4 @@
-"""Schema of the `plan` verb: its own keys, and the stage that it looks at."""
+"""Schema of the `plan` verb: its own keys, and the stage or the recipe that it looks at."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ class PlannedStage:
     verb: str = "pretrain"  # of the stage
     stage: TrainStageConfig = field(default_factory=TrainStageConfig)  # parallel.data is set
     stand_ins: list[str] = field(default_factory=list)  # keys that nobody gave and that a plan can do without
+
+
+@dataclass(kw_only=True)
+class PlannedRecipe:
+    """What `plan` composes of an experiment of `pipeline`: every stage that trains, in order."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    experiment: str = "pipeline"
+    stages: dict[str, PlannedStage] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)  # stages that train nothing

@@ -14,25 +14,29 @@ from typing import Any
 from nemo_align.config import build, overrides, planned_model, schema, sources, suggest
 from nemo_align.config.choices import CHOICES
 from nemo_align.config.errors import ConfigError
-from nemo_align.config.plan import PlanConfig, PlannedStage
+from nemo_align.config.plan import PlanConfig, PlannedRecipe, PlannedStage
 from nemo_align.config.validation import check_data_parallel, check_world_size
 
 TRAINING_VERBS = CHOICES["verb"]
 STAND_IN_STEPS = 10**9  # of a stage whose length nobody gave: longer than any warm-up or decay
 
 
-def compose_plan(arguments: Sequence[str]) -> PlannedStage:
-    """The plan's own keys, and the stage that they speak of.
+def compose_plan(arguments: Sequence[str]) -> PlannedStage | PlannedRecipe:
+    """The plan's own keys, and the stage that they speak of; all stages, of an experiment of `pipeline`.
 
     Raises:
         ConfigError: an unknown key of either, a wrong value, a layout that the GPUs cannot form.
     """
-    from nemo_align.config.compose import compose
-
     own, others = _split(arguments)
     plan = _plan_config(own)
     verb = plan.verb or _verb_of_experiment(others)
     _refuse_mistyped(verb, others)
+    return _compose_recipe(plan, others) if verb == "pipeline" else _compose_stage(plan, verb, others)
+
+
+def _compose_stage(plan: PlanConfig, verb: str, others: Sequence[str]) -> PlannedStage:
+    from nemo_align.config.compose import compose
+
     stand_ins: list[str] = []
     stage = compose(verb, others, check_files=False, fill=lambda tree: stand_ins.extend(_fill(verb, tree)))
     if not plan.search:  # which chooses the layout itself
@@ -42,6 +46,36 @@ def compose_plan(arguments: Sequence[str]) -> PlannedStage:
         check_data_parallel(stage, stage.parallel.data)
         plan.gpus = stage.parallel.tensor * stage.parallel.pipeline * stage.parallel.data
     return PlannedStage(plan=plan, verb=verb, stage=stage, stand_ins=stand_ins)
+
+
+def _compose_recipe(plan: PlanConfig, arguments: Sequence[str]) -> PlannedRecipe:
+    """Each stage as the pipeline would start it: its experiment, its overrides, the checkpoint of an earlier stage."""
+    from nemo_align.config.compose import compose
+
+    for name in ("lengths", "exact", "search", "scaling", "plot"):
+        if getattr(plan, name) != getattr(PlanConfig, name):
+            raise ConfigError(f"{name}= is for one stage: choose it, as in +experiment=quickstart/pretrain")
+    config = compose("pipeline", arguments, check_files=False)
+    stages, left_out, problems = {}, [], []
+    for name, stage in config.stages.items():
+        if stage.verb not in TRAINING_VERBS:
+            left_out.append(name)
+            continue
+        folders = {f"{{{earlier}}}": f"{config.run_dir}/{earlier}" for earlier in config.stages}
+        texts = [f"+experiment={stage.experiment}"] if stage.experiment is not None else []
+        for text in (*config.overrides, *stage.overrides):
+            for reference, folder in folders.items():
+                text = text.replace(reference, folder)
+            texts.append(text)
+        if stage.init_from is not None:
+            texts.append(f"checkpoint.init_from={config.run_dir}/{stage.init_from}")
+        try:
+            stages[name] = _compose_stage(dataclasses.replace(plan), stage.verb, texts)
+        except ConfigError as error:
+            problems += [f"{name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise ConfigError.of(problems)
+    return PlannedRecipe(plan=plan, experiment=config.experiment, stages=stages, left_out=left_out)
 
 
 def _key(argument: str) -> str:
@@ -98,14 +132,11 @@ def _verb_of_experiment(arguments: Sequence[str]) -> str:
         return "pretrain"
     name = chosen[-1]
     verbs = sources.verbs_of_experiment(name)
-    found = [verb for verb in TRAINING_VERBS if verb in verbs]
+    found = [verb for verb in (*TRAINING_VERBS, "pipeline") if verb in verbs]
     if len(found) == 1:
         return found[0]
     if verbs and not found:
-        raise ConfigError(
-            f"experiment {name} is for {', '.join(sorted(verbs))}, and a plan is made of one training stage: "
-            "choose one of its stages, as in +experiment=quickstart/pretrain"
-        )
+        raise ConfigError(f"experiment {name} is for {', '.join(sorted(verbs))}, which trains nothing to plan")
     if name not in sources.choices(sources.EXPERIMENT):
         return "pretrain"  # whose composition refuses the name
     raise ConfigError(f"experiment {name} does not say whose it is: add verb={'|'.join(TRAINING_VERBS)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_align.config.plan import PlannedStage
+from nemo_align.config.plan import PlannedRecipe, PlannedStage
 from nemo_align.config.stages import RewardStageConfig
 from nemo_align.planning import as_json, report
 from nemo_align.planning.advice import changes_that_fit
@@ -13,12 +13,18 @@ from nemo_align.planning.search import search
 from nemo_align.planning.workload import stage_length
 
 
-def plan(planned: PlannedStage) -> None:
+def plan(planned: PlannedStage | PlannedRecipe) -> None:
     """Compute, print, and write what was asked for.
 
     Raises:
         ValueError: the file of lengths is wrong, a row does not fit a micro-batch, or a file cannot be written.
     """
+    if isinstance(planned, PlannedRecipe):
+        results = {name: plan_layout(stage) for name, stage in planned.stages.items()}
+        report.print_recipe(planned, results)
+        if planned.plan.json is not None:
+            as_json.write(planned.plan.json, {name: as_json.of_plan(result) for name, result in results.items()})
+        return
     if planned.plan.search:
         found = search_layouts(planned)
         report.print_search(found)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from nemo_align.config.plan import PlannedRecipe
 from nemo_align.planning import h100
 from nemo_align.planning.estimate import Estimate
 from nemo_align.planning.job import Job
@@ -15,7 +16,7 @@ from nemo_align.planning.parameters import stage_chunks, stage_parameters, total
 from nemo_align.planning.result import DAY, HOUR, PlanResult, SearchResult
 from nemo_align.planning.scaling import ScalingRow
 
-_WIDTH = 140  # where the output is no terminal
+_WIDTH = 160  # where the output is no terminal
 _MEMORY_NAMES = {
     "weights": "weights",
     "gradients": "gradients",
@@ -48,6 +49,35 @@ def print_plan(result: PlanResult) -> None:
         console.print(_scaling("strong scaling: the batch stays", result.scaling.strong))
     for note in _notes(result):
         console.print(f"note: {note}")
+
+
+def print_recipe(planned: PlannedRecipe, results: dict[str, PlanResult]) -> None:
+    """A line for each stage of a recipe."""
+    console = _console()
+    table = _table("stage", "verb", "GPUs", "layout", "batch", "GB", "fits", "step s", "tokens/s/GPU", "MFU", "steps", "time", "GPU-hours", title=planned.experiment)  # fmt: skip  # noqa: E501
+    seconds = hours = 0.0
+    for name, result in results.items():
+        main, total = result.main, result.total
+        if total is not None:
+            seconds, hours = seconds + total.seconds, hours + total.gpu_hours
+        length = ("-", "-", "-")
+        if total is not None:
+            length = (f"{total.steps:,}", _duration(total.seconds), f"{total.gpu_hours:,.2f}")
+        table.add_row(
+            name, result.planned.verb, f"{main.job.world_size:,}", _layout(main.job),
+            f"{result.length.batches[-1].size:,}", _gigabytes(main.memory.largest.total), main.memory.verdict,
+            f"{main.time.total:.3f}", f"{main.tokens_per_second_per_gpu:,.1f}", _percent(main.mfu), *length,
+        )  # fmt: skip
+    console.print(table)
+    unknown = [name for name, result in results.items() if result.total is None]
+    console.print(f"together: {_duration(seconds)}, {hours:,.2f} GPU-hours, one stage after the other")
+    if unknown:
+        console.print(f"note: nobody said how many rows or steps these have: {', '.join(unknown)}", soft_wrap=True)
+    if planned.left_out:
+        console.print(f"note: left out, nothing is trained there: {', '.join(planned.left_out)}")
+    for note in dict.fromkeys(result.length.assumption for result in results.values() if result.length.assumption):
+        console.print(f"note: assumed: {note}")
+    console.print("note: predicted by docs/plan.md, not measured")
 
 
 def print_search(result: SearchResult) -> None:
@@ -97,17 +127,20 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 
 def _head(result: PlanResult, job: Job) -> str:
-    parallel, precision = job.parallel, job.precision
+    precision = job.precision
+    numbers = precision.dtype if precision.fp8 == "none" else f"{precision.dtype}, FP8 {precision.fp8}"
+    work, size = job.work, result.length.batches[-1].size
+    return (
+        f"[bold]{result.planned.verb} of {job.model.name} on {job.world_size:,} H100[/bold]: {_layout(job)}, {numbers}\n"
+        f"global batch {size:,}: {work.micro_batches:,} micro-batches of {work.tokens:,} tokens on each replica"
+    )
+
+
+def _layout(job: Job) -> str:
+    parallel = job.parallel
     layout = f"TP {parallel.tensor}, PP {parallel.pipeline}, VP {parallel.virtual_pipeline}, DP {job.data}"
     layout += ", SP" if parallel.sequence else ""
-    layout += f", recompute {parallel.recompute}" if parallel.recompute != "none" else ""
-    numbers = precision.dtype if precision.fp8 == "none" else f"{precision.dtype}, FP8 {precision.fp8}"
-    work = job.work
-    return (
-        f"[bold]{result.planned.verb} of {job.model.name} on {job.world_size:,} H100[/bold]: {layout}, {numbers}\n"
-        f"global batch {result.length.batches[-1].size:,}: {work.micro_batches:,} micro-batches of {work.tokens:,} "
-        "tokens on each replica"
-    )
+    return layout + (f", recompute {parallel.recompute}" if parallel.recompute != "none" else "")
 
 
 def _parameters(result: PlanResult) -> Table:

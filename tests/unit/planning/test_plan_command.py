@@ -58,7 +58,9 @@ def test_the_configuration_can_be_shown():
             [*PAPER[:3], "train.global_batch_size=108"],
             "108 is not divisible by train.micro_batch_size 1 x parallel.data 64",
         ),
-        (["+experiment=quickstart/recipe"], "made of one training stage"),
+        (["+experiment=quickstart/score_code"], "which trains nothing to plan"),
+        (["+experiment=quickstart/recipe", "search=true", "gpus=8"], "search= is for one stage"),
+        (["+experiment=quickstart/recipe", "gpus=3"], "code_sft: 3 processes cannot form"),
         (["+experiment=quickstart/nothing"], "unknown experiment"),
         (["verb=convert"], "verb is 'convert', but must be one of pretrain, sft, reward, preference"),
         (["verb=sft", "train.global_batch_size=8"], "no model: choose one with model="),
@@ -104,6 +106,18 @@ def test_what_does_not_fit_comes_with_a_remedy(capsys):
     assert main(["plan", *PAPER[:2], "gpus=96", "train.global_batch_size=768"]) == 0
     printed = capsys.readouterr().out
     assert "does NOT fit on 80 GB" in printed and "parallel.recompute=full" in printed
+
+
+def test_a_recipe_is_a_table_of_its_stages(capsys, tmp_path):
+    assert main(["plan", "+experiment=quickstart/recipe", "json=recipe.json"]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    assert list(written) == [
+        "pretrain", "continued_pretrain", "code_sft", "general_sft", "reward", "dpo", "rpo_1", "rpo_2", "rpo_3",
+    ]  # fmt: skip
+    assert all(f"\n{name} " in printed for name in written)
+    assert written["pretrain"]["total"]["steps"] == 220 and written["rpo_3"]["total"] is None
+    assert "nothing is trained there: score_code" in printed
 
 
 def test_search_and_scaling_are_printed(capsys):
