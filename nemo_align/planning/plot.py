@@ -35,7 +35,8 @@ def draw_scaling(scaling: Scaling, planned: PlannedStage) -> None:
         rate.plot(gpus, totals, marker=marker, label=label)
         utilisation.plot(gpus, [100 * e.mfu for _, e in found], marker=marker, label=label)
     rate.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens per second")
-    utilisation.set(xscale="log", xlabel="GPUs", ylabel="MFU, %", ylim=(0, None))
+    utilisation.set(xscale="log", xlabel="GPUs", ylabel="MFU, %")
+    utilisation.set_ylim(0, 1.1 * utilisation.get_ylim()[1])
     for axes in (rate, utilisation):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -130,8 +130,9 @@ def _head(result: PlanResult, job: Job) -> str:
     precision = job.precision
     numbers = precision.dtype if precision.fp8 == "none" else f"{precision.dtype}, FP8 {precision.fp8}"
     work, size = job.work, result.length.batches[-1].size
+    what = f"{result.planned.verb} of {job.model.name} on {job.world_size:,} H100"
     return (
-        f"[bold]{result.planned.verb} of {job.model.name} on {job.world_size:,} H100[/bold]: {_layout(job)}, {numbers}\n"
+        f"[bold]{what}[/bold]: {_layout(job)}, {numbers}\n"
         f"global batch {size:,}: {work.micro_batches:,} micro-batches of {work.tokens:,} tokens on each replica"
     )
 
