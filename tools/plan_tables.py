@@ -11,18 +11,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import published_runs
 
+from nemo_align.config.model import ModelConfig
 from nemo_align.config.model_file import read_model
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
+from nemo_align.planning import h100
 from nemo_align.planning.estimate import Estimate
 from nemo_align.planning.job import Job, StepWork
 from nemo_align.planning.memory import memory_plan
-from nemo_align.planning.products import efficiency
+from nemo_align.planning.products import efficiency, product_seconds
 from nemo_align.planning.step_time import step_time
 
 GPUS, BATCH, LENGTH = 1536, 768, 4096
@@ -127,6 +130,57 @@ def products() -> Iterator[str]:
         yield f"| {name} | {rows:,} x {columns:,} x {inner:,} | {100 * efficiency(rows, columns, inner):.1f} % |"
 
 
+# tools/bench/gpu_training.py on one H200 (torch 2.11, Transformer Engine 2.x, no Apex): step seconds, and GiB that
+# tensors held at most. Four layers, four micro-batches of 4,096 tokens.
+MEASURED = {
+    ("340b_rank", "none"): (0.381, 39.48),
+    ("340b_rank", "delayed"): (0.285, 41.96),
+    ("340b_rank", "tensorwise"): (0.341, 40.73),
+    ("340b_rank", "blockwise"): (0.316, 42.01),
+    ("15b", "none"): (0.406, 39.47),
+}
+MEASURED_MODELS = {
+    "340b_rank": {
+        "hidden_size": 18432,
+        "ffn_hidden_size": 9216,
+        "num_attention_heads": 12,
+        "num_query_groups": 1,
+        "head_dim": 192,
+    },
+    "15b": {"hidden_size": 6144, "ffn_hidden_size": 24576, "num_attention_heads": 48, "num_query_groups": 8},
+}
+H200_BYTES_PER_SECOND = 4.8e12 * 0.90
+
+
+def measured() -> Iterator[str]:
+    """The plan with an H200's memory rate beside what ran there."""
+    heads = ("model, 4 layers", "precision", "GiB, measured", "GiB, plan", "S x S in bf16, GiB", "step, s, measured")
+    yield f"| {' | '.join((*heads, 'step, s, plan'))} |"
+    yield "|---|---|---|---|---|---|---|"
+    for (name, fp8), (seconds, memory) in MEASURED.items():
+        sizes = MEASURED_MODELS[name]
+        model = ModelConfig(name=name, num_layers=4, vocab_size=8192, **sizes)
+        work = StepWork(
+            examples=4,
+            micro_batches=4,
+            tokens=LENGTH,
+            squared_tokens=LENGTH**2,
+            real_tokens=4 * LENGTH,
+            real_squared_tokens=4 * LENGTH**2,
+        )
+        job = Job(model=model, parallel=ParallelConfig(data=1), precision=PrecisionConfig(fp8=fp8), work=work)
+        stage = memory_plan(job).stages[0]
+        held = stage.total - stage.context - stage.nccl - stage.fragmentation
+        scores = 4 * model.num_attention_heads * LENGTH**2 * 2
+        product_seconds.cache_clear()
+        with patch.object(h100, "HBM_BYTES_PER_SECOND", H200_BYTES_PER_SECOND):
+            predicted = step_time(job).total
+        product_seconds.cache_clear()
+        precision = "bf16" if fp8 == "none" else f"FP8 {fp8}"
+        gib = f"{memory} | {held / 2**30:.2f} | {scores / 2**30:.2f}"
+        yield f"| {name} | {precision} | {gib} | {seconds} | {predicted:.3f} |"
+
+
 def tables() -> dict[str, list[str]]:
     """Every table of the page by name, line by line."""
     return {
@@ -135,6 +189,7 @@ def tables() -> dict[str, list[str]]:
         "what moves memory and time": list(moves()),
         "products": list(products()),
         "published runs": published_runs.table(),
+        "measured": list(measured()),
     }
 
 

@@ -56,6 +56,15 @@ class Job:
         """Bytes of a weight or an activation."""
         return 2 if self.precision.dtype == "bf16" else 4
 
+    def layers_in_fp8(self, stage: int, chunk: int) -> int:
+        """Of a model chunk. Under the tensorwise recipe the model's first and last layer stay in bf16
+        (model/transformer_config.py)."""
+        if self.precision.fp8 == "none":
+            return 0
+        is_first = stage == 0 and chunk == 0
+        is_last = stage == self.parallel.pipeline - 1 and chunk == self.parallel.virtual_pipeline - 1
+        return self.layers_per_chunk - (is_first + is_last if self.precision.fp8 == "tensorwise" else 0)
+
     @property
     def is_interleaved(self) -> bool:
         return self.parallel.virtual_pipeline > 1

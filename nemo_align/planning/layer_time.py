@@ -60,7 +60,9 @@ def layer(job: Job, *, fp8: bool | None = None) -> Passes:
     """One layer. `fp8`: whether its products are in FP8; None: as the job says."""
     model, tensor, tokens = job.model, job.parallel.tensor, job.work.tokens
     in_fp8 = job.precision.fp8 != "none" if fp8 is None else fp8
-    kind = "fp8" if in_fp8 else job.precision.dtype
+    kind = job.precision.dtype
+    if in_fp8:
+        kind = "fp8_blockwise" if job.precision.fp8 == "blockwise" else "fp8"
     h, f = model.hidden_size, model.ffn_hidden_size // tensor
     q = model.num_attention_heads * head_dim(model) // tensor
     k = model.num_query_groups * head_dim(model) / tensor
@@ -71,14 +73,15 @@ def layer(job: Job, *, fp8: bool | None = None) -> Passes:
     by_input = [product_seconds(tokens, inner, columns, kind) for columns, inner in products]
     # Gradients of weights are added to fp32 buffers by the product itself (Transformer Engine's fused accumulation).
     by_weight = [product_seconds(columns, inner, tokens, kind, 8) for columns, inner in products]
-    attention = attention_seconds(q, job.work.squared_tokens)
+    attention = attention_seconds(model.num_attention_heads // tensor, head_dim(model), job.work.squared_tokens)
 
     split, e = job.sequence_split, job.value_bytes
     streamed = tokens * e * (2 * 2 * h / split + 2 * 3 * h / split + 2 * qkv + 2 * f)
     streamed_back = tokens * e * (2 * 3 * h / split + 2 * 3 * h / split + 2 * qkv + 3 * f)
-    if in_fp8:  # read in bf16, written twice in FP8: as it is and transposed
-        streamed += tokens * 4 * (h + q + h + f)
-        streamed_back += tokens * 4 * (qkv + h + f + h)
+    if in_fp8:  # read in bf16, written twice in FP8: as it is and transposed; tensorwise reads once more for the scale
+        cast = 6 if job.precision.fp8 == "tensorwise" else 4
+        streamed += tokens * cast * (h + q + h + f)
+        streamed_back += tokens * cast * (qkv + h + f + h)
     there, back = _layer_communication(job, in_fp8, forward, by_input, by_weight)
 
     ahead = Seconds(sum(forward), attention[0], memory_seconds(streamed), there)

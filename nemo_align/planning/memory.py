@@ -12,7 +12,7 @@ from nemo_align.planning.activations import (
     working_bytes,
 )
 from nemo_align.planning.job import Job
-from nemo_align.planning.parameters import stage_parameters
+from nemo_align.planning.parameters import layer_matrices, stage_parameters
 from nemo_align.planning.schedule import chunks_in_flight
 
 # Below this part of the card left free, a plan that fits is called tight: the model's own error is of that size.
@@ -103,13 +103,14 @@ def _stage(job: Job, stage: int, in_flight: int) -> StageMemory:
     states = 8 * matrices if in_fp32 else 12 * matrices  # bf16 weights have an fp32 copy
     is_last = stage == job.parallel.pipeline - 1
     activations = in_flight * chunk_bytes(job)
+    fp8_layers = sum(job.layers_in_fp8(stage, chunk) for chunk in range(job.parallel.virtual_pipeline))
     recomputed, working = recomputed_block_bytes(job), working_bytes(job)
     loss = output_bytes(job) if is_last else 0.0
     return StageMemory(
         weights=job.value_bytes * matrices + 4 * count.head,
         gradients=gradient * matrices + 4 * count.head,
         optimizer=(states + 8 * count.head) / shards,
-        fp8_copies=2.0 * count.layers if job.precision.fp8 != "none" else 0.0,
+        fp8_copies=2.0 * layer_matrices(job.model, job.parallel.tensor) * fp8_layers,
         activations=activations,
         recomputed=recomputed,
         logits_and_loss=loss,

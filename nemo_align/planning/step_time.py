@@ -14,8 +14,6 @@ from nemo_align.planning.parameters import stage_chunks, stage_parameters
 from nemo_align.planning.products import memory_seconds
 from nemo_align.planning.schedule import PassSeconds, step_seconds
 
-# Transformer Engine's first and last layer stay in bf16 under the tensorwise recipe (model/transformer_config.py).
-_BF16_ENDS = {"tensorwise": 1}
 # Bytes per parameter of a rank's shard that AdamW reads and writes: fp32 weight, two moments and gradient in, weight
 # and moments out, and the weight in the model's format.
 _ADAM_BYTES = 16 + 12
@@ -99,15 +97,20 @@ def _mean(rows: list[list[float]]) -> float:
 
 def _stage_passes(job: Job, stage: int) -> list[Passes]:
     """Each chunk of a stage, for one micro-batch."""
-    parallel, count = job.parallel, job.layers_per_chunk
-    chunks = [layer(job) * count] * parallel.virtual_pipeline
-    ends = _BF16_ENDS.get(job.precision.fp8, 0)
-    slower = layer(job, fp8=False) * ends + layer(job) * (count - ends) if ends else None
-    if stage == 0:
-        chunks[0] = (slower or chunks[0]) + embedding(job)
-    if stage == parallel.pipeline - 1:
-        chunks[-1] = (slower or chunks[-1]) + output(job) if len(chunks) > 1 or stage else chunks[-1] + output(job)
-    return [_at_the_slowest_pace(job, chunk) for chunk in chunks]
+    in_fp8 = layer(job, fp8=True) if job.precision.fp8 != "none" else None
+    plain = layer(job, fp8=False)
+    chunks = []
+    for chunk in range(job.parallel.virtual_pipeline):
+        fp8_layers = job.layers_in_fp8(stage, chunk)
+        passes = plain * (job.layers_per_chunk - fp8_layers)
+        if in_fp8 is not None:
+            passes = passes + in_fp8 * fp8_layers
+        if stage == 0 and chunk == 0:
+            passes = passes + embedding(job)
+        if stage == job.parallel.pipeline - 1 and chunk == job.parallel.virtual_pipeline - 1:
+            passes = passes + output(job)
+        chunks.append(_at_the_slowest_pace(job, passes))
+    return chunks
 
 
 def _at_the_slowest_pace(job: Job, passes: Passes) -> Passes:

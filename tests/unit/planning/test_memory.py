@@ -93,7 +93,9 @@ def test_fp8_keeps_inputs_of_products_in_a_byte():
     parts, wide = layer_parts(job(precision=PrecisionConfig(fp8="tensorwise"))), layer_parts(job())
     assert 2 * parts["inputs of QKV and fc1"] == wide["inputs of QKV and fc1"]
     assert parts["residual stream"] == wide["residual stream"]
-    assert memory_plan(job(precision=PrecisionConfig(fp8="tensorwise"))).stages[1].fp8_copies == 2 * 3_454_009_344
+    stages = memory_plan(job(precision=PrecisionConfig(fp8="tensorwise"))).stages
+    assert stages[1].fp8_copies == 2 * 3_454_009_344
+    assert stages[0].fp8_copies == stages[-1].fp8_copies == 2 * 3_454_009_344 * 7 / 8  # its first layer is in bf16
 
 
 def test_advice_fits_and_is_near():
