@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 from nemo_align.checkpoint.manifest import leaves_folder
+from nemo_align.checkpoint.pickle_limits import refuse_bombs
 
 METADATA_FILE = ".metadata"
-_REMEMBER = ("PUT", "BINPUT", "LONG_BINPUT")  # opcodes with the index of an object to remember
 
 # Every global that `.metadata` may name: plain containers, enums and dtypes. None of them does anything when called.
 _METADATA_CLASSES = {
@@ -86,24 +85,12 @@ def parse_metadata(content: bytes, path: Path) -> Metadata:
         ValueError: damaged, naming anything but metadata classes, or pointing outside the folder.
     """
     try:
-        refuse_memory_bomb(content)
+        refuse_bombs(content)
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
         _check(metadata)
     except Exception as error:  # a damaged or malicious pickle can raise anything
         raise ValueError(f"{path} is refused: {error}") from None
     return metadata
-
-
-def refuse_memory_bomb(content: bytes) -> None:
-    """Refuse a pickle of a few bytes that would take tens of gigabytes: the unpickler's table of what to remember grows
-    to any index that is named. A pickle has fewer entries than bytes.
-
-    Raises:
-        ValueError: an index beyond that, or no pickle.
-    """
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in _REMEMBER and argument > len(content):
-            raise ValueError(f"it would remember {argument:,} things in {len(content):,} bytes")
 
 
 def _check(metadata: object) -> None:

@@ -31,7 +31,7 @@ MODEL = [
 
 # What a GPU must compute as a CPU does: verb and overrides.
 CASES = {
-    "sft": ("sft", []),
+    "sft": ("sft", ["train.micro_batch_tokens=384"]),  # several dialogues in a micro-batch
     "sft_unpacked": ("sft", ["train.packing=false"]),
     "reward": ("reward", []),
     "dpo": ("preference", ["preference.preference_loss=dpo"]),
@@ -81,7 +81,8 @@ def command(verb: str, run_dir: Path, overrides: list[str], environment: dict[st
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-m", "nemo_align.cli", verb, *overrides, f"run_dir={run_dir}", "runtime.threads=2"],
-        cwd=ROOT, env=variables | (environment or {}), capture_output=True, text=True, timeout=400, check=False,
+        cwd=ROOT, env=variables | (environment or {}), capture_output=True, text=True, errors="replace",
+        timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return steps_of(run_dir)

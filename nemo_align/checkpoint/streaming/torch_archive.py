@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-from nemo_align.checkpoint.safe_reading import refuse_memory_bomb
+from nemo_align.checkpoint.pickle_limits import refuse_bombs
 from nemo_align.checkpoint.streaming.locations import Extent, ExtentStream
 
 _STORAGES = {
@@ -92,7 +92,7 @@ def _described(archive: Extent, opened: zipfile.ZipFile, stream: _Archive) -> De
     if order is not None and (order.file_size != len(b"little") or opened.read(order) != b"little"):
         raise ValueError("its values are big endian")
     description = opened.read(pickled)
-    refuse_memory_bomb(description)
+    refuse_bombs(description)
     tensor = _Description(io.BytesIO(description)).load()
     if not isinstance(tensor, _Tensor):
         raise ValueError("it holds no tensor")
