@@ -35,7 +35,9 @@ _WITHOUT_WORKERS = {
     "convert": ("nemo_align.checkpoint.conversion.convert", "convert"),
     "merge": ("nemo_align.checkpoint.conversion.merge", "merge"),
     "inspect": ("nemo_align.checkpoint.conversion.inspect", "inspect"),
+    "plan": ("nemo_align.planning.plan", "plan"),
 }
+_WITHOUT_RUN_DIR = ("inspect", "plan")
 _CLAIM_SECONDS = 300.0  # for rank 0 to write config.yaml: thousands of ranks start within minutes, not at once
 _RANK_0_FIRST_SECONDS = 10.0
 _WORKERS_PER_CORE, _SOME_WORKERS = 4, 16
@@ -89,6 +91,11 @@ def _main(arguments: list[str]) -> int:
 
         print(verb_help(verb), flush=True)
         return SUCCESS
+    if verb == "plan" and (options.multirun or options.info is not None or options.cfg in ("hydra", "all")):
+        raise ValueError(
+            "plan composes a stage of another verb: for Hydra's view ask that verb (`nemo-align pretrain --info`); to "
+            "compare layouts use search=true"
+        )
     if options.info is not None or options.cfg in ("hydra", "all"):
         from nemo_align.config import hydra_main
 
@@ -115,7 +122,7 @@ def run(verb: str, overrides: list[str]) -> int:
     if verb in _WITHOUT_WORKERS:
         from nemo_align.runtime import logs
 
-        if verb != "inspect":
+        if verb not in _WITHOUT_RUN_DIR:
             logs.setup(config.run_dir, rank=0)
         logs.quiet_libraries()
         module, function = _WITHOUT_WORKERS[verb]

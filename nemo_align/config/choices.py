@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.select.inverted": ("error", "swap", "keep"),
     "data.select.ties": ("auto", "drop", "keep"),
     "preference.preference_loss": ("dpo", "ipo", *NEEDS_REWARDS),
+    "verb": ("pretrain", "sft", "reward", "preference"),  # of the stage that `plan` looks at
     "cluster.kind": ("local", "slurm"),
     "source_format": ("hf", "megatron", "nemo"),
     "target_format": ("hf", "megatron", "nemo"),

@@ -7,7 +7,7 @@ the whole with the cross-field checks of `validation.py`. Nothing here imports t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,29 @@ from nemo_align.config.schema import MISSING, VERBS
 __all__ = ["VERBS", "ConfigError", "compose", "load_resolved", "to_yaml"]
 
 
-def compose(verb: str, arguments: Sequence[str], *, check_files: bool = True) -> Any:
-    """The configuration of a verb: an instance of VERBS[verb] without unknown keys, interpolations or missing values.
+def compose(
+    verb: str,
+    arguments: Sequence[str],
+    *,
+    check_files: bool = True,
+    fill: Callable[[dict[str, Any]], None] | None = None,
+) -> Any:
+    """The configuration of a verb: an instance of VERBS[verb] without unknown keys, interpolations or missing values;
+    of `plan`, which has a stage of another verb in it, a `PlannedStage`.
 
     `arguments`: overrides as on the command line. `check_files=False` leaves out what needs files that an earlier stage
     still has to write: a pipeline uses it to find mistakes in all stages before it starts the first; the model's
-    sizes stay "???" if they would come from a checkpoint that is not there yet.
+    sizes stay "???" if they would come from a checkpoint that is not there yet. `fill` may put values into the plain
+    tree, defaults and checkpoint applied, before it is checked: a plan gives stand-ins for what only a run needs, and
+    then has to give the model too.
 
     Raises:
         ConfigError: all that is wrong of one kind, each problem a line with key, value and remedy.
     """
+    if verb == "plan":
+        from nemo_align.config.plan_stage import compose_plan
+
+        return compose_plan(arguments)
     parsed = overrides.parse(verb, arguments)
     composed = _compose_with_hydra(verb, parsed)
     root = schema.Node("section", VERBS[verb])
@@ -44,10 +57,12 @@ def compose(verb: str, arguments: Sequence[str], *, check_files: bool = True) ->
         if chosen or tree.get("experiment") is None:
             tree["experiment"] = overrides.experiment_name(parsed) or verb
     initial, resolved = _resolve(verb, tree, check_files)
+    if fill is not None:
+        fill(resolved)
     config, problems = build.build(VERBS[verb], resolved)
     if problems:
         raise ConfigError.of(f"{line} ({composed.origin(line.split(' ')[0], parsed)})" for line in problems)
-    awaits_checkpoint = initial is None and not check_files and _init_from(tree) is not None
+    awaits_checkpoint = initial is None and not check_files and fill is None and _init_from(tree) is not None
     _refuse_missing(verb, config, awaits_checkpoint)
     validation.complete(config, initial, model_known=not awaits_checkpoint)
     validation.validate(config, check_files=check_files, model_known=not awaits_checkpoint, initial=initial)

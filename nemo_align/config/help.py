@@ -14,6 +14,7 @@ VERB_LINES = {
     "preference": "DPO, IPO and reward-aware RPO on pairs of responses",
     "score": "write a reward model's rewards into files of rows",
     "pipeline": "the whole chain, each stage starting from the checkpoint of an earlier one",
+    "plan": "what a stage needs and yields on H100s: parameters, memory, time, MFU; without a GPU and without torch",
     "convert": "checkpoints from and to Hugging Face, and from the published .nemo, in bounded memory",
     "merge": "average checkpoints of one architecture: weighted sums or spherical interpolation",
     "inspect": "what a checkpoint is: format, architecture, parameters, stage, integrity",
@@ -45,6 +46,13 @@ _EXAMPLES = {
     "pipeline": (
         "nemo-align pipeline +experiment=quickstart/recipe",
         "nemo-align pipeline +experiment=quickstart/recipe cluster=slurm cluster.partition=batch",
+    ),
+    "plan": (
+        "nemo-align plan +experiment=quickstart/pretrain",
+        "nemo-align plan model=nemotron4_340b parallel=tp8_pp12 gpus=1536 train.global_batch_size=768",
+        "nemo-align plan model=nemotron4_340b train.global_batch_size=768 search=true gpus=1536",
+        "nemo-align plan model=nemotron4_340b parallel=tp8_pp12 gpus=1536 train.global_batch_size=768 \\\n"
+        "      scaling=true json=plan.json",
     ),
     "convert": (
         "nemo-align convert from=megatron to=hf source=runs/rpo_3 target=exported/rpo_3",
@@ -98,8 +106,10 @@ def verb_help(verb: str) -> str:
 
     root = schema.VERBS[verb]
     has_runs = "experiment" in schema.fields(root)  # convert has neither experiments nor groups, and nothing to sweep
-    choosing = "[+experiment=<recipe>/<stage>] [group=choice] [key=value]" if has_runs else "key=value"
-    options = [(name, text) for name, text in _OPTIONS if has_runs or name != "--multirun"]
+    has_groups = has_runs or verb == "plan"  # those of the stage's verb
+    choosing = "[+experiment=<recipe>/<stage>] [group=choice] [key=value]" if has_groups else "key=value"
+    left_out = [] if has_runs else ["--multirun", *(["--info [what]"] if verb == "plan" else [])]
+    options = [(name, text) for name, text in _OPTIONS if name not in left_out]
     parts = [
         f"Usage: nemo-align {verb} {choosing} ...\n\n{VERB_LINES[verb][0].upper()}{VERB_LINES[verb][1:]}.",
         "Examples:\n" + "\n".join(f"  {example}" for example in _EXAMPLES[verb]),
@@ -121,6 +131,11 @@ def verb_help(verb: str) -> str:
             ]
         parts.append("Groups:\n" + "\n".join(blocks))
     parts.append("Keys (no + needed; <name> is a name of your choice):\n" + "\n".join(_key_lines(verb)))
+    if verb == "plan":
+        parts.append(
+            "Every other key, group and experiment is one of the stage's verb: see `nemo-align pretrain --help`. What "
+            "only a run needs (files, tokenizer, optimizer.lr, checkpoint.init_from beside model=) may be left out."
+        )
     return "\n\n".join(parts)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from nemo_align.config.conversion import ConvertConfig, InspectConfig, MergeConfig
 from nemo_align.config.pipeline import PipelineConfig
+from nemo_align.config.plan import PlanConfig
 from nemo_align.config.stages import (
     PreferenceStageConfig,
     PretrainStageConfig,
@@ -36,6 +37,7 @@ VERBS: dict[str, type] = {
     "preference": PreferenceStageConfig,
     "score": ScoreStageConfig,
     "pipeline": PipelineConfig,
+    "plan": PlanConfig,
     "convert": ConvertConfig,
     "merge": MergeConfig,
     "inspect": InspectConfig,

@@ -46,13 +46,17 @@ def choices(group: str) -> list[str]:
     return sorted(found)
 
 
+def verbs_of_experiment(name: str) -> set[str]:
+    """Verbs whose commands the first comments of an experiment show; none if there is no such experiment."""
+    return set(_COMMAND.findall("\n".join(_head_comments(_file(EXPERIMENT, name))) + "\n"))
+
+
 def experiments(verb: str) -> list[tuple[str, str]]:
     """Experiments of a verb with the first comment of each: those whose comments show `nemo-align <verb> ...`, or
     show no command at all."""
     found = []
     for name in choices(EXPERIMENT):
-        comments = _head_comments(_file(EXPERIMENT, name))
-        verbs = set(_COMMAND.findall("\n".join(comments) + "\n"))
+        comments, verbs = _head_comments(_file(EXPERIMENT, name)), verbs_of_experiment(name)
         if verb in verbs or not verbs:
             lines = [
                 line for line in comments if line and not line.startswith("@package") and not _COMMAND.search(line)

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from nemo_align.config.model import ModelConfig
 
+# Tokens of a matrix product that Transformer Engine's FP8 recipes want a multiple of (NVIDIA's kernels).
+FP8_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
@@ -78,6 +81,12 @@ def flops(model: ModelConfig, *, tokens: int, squared_tokens: int, logit_tokens:
     logits = 6 * logit_tokens * model.vocab_size * model.hidden_size
     attention = 12 * model.num_layers * model.num_attention_heads * head_dim(model) * squared_tokens
     return layers + logits + (attention // 2 if causal else attention)
+
+
+def crossover_length(model: ModelConfig) -> int:
+    """Segment length at which attention costs as much as the matrix weights: 6 N s = 12 L q s^2 with q = heads x d."""
+    layer_weights = count_parameters(model).layers // model.num_layers
+    return max(1, layer_weights // (2 * model.num_attention_heads * head_dim(model)))
 
 
 def _matrix_weights_of_a_layer(model: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nemo_align.config.stages import PretrainStageConfig
+from nemo_align.data.batch_schedule import BatchSchedule
 from nemo_align.data.pretraining import (
     HeldOutSource,
     PretrainingPhase,
@@ -20,7 +21,6 @@ from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
 from nemo_align.stages.language_model import LanguageModelObjective
 from nemo_align.stages.rows import cache_directory
-from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.run import run_training
 from nemo_align.training.session import open_session
 from nemo_align.training.step_layout import step_layout

@@ -14,10 +14,10 @@ from typing import NoReturn
 
 from nemo_align.checkpoint.megatron import load_training, newest_resumable
 from nemo_align.config.stages import TrainStageConfig
+from nemo_align.data.batch_schedule import BatchSchedule
 from nemo_align.runtime import watchdog
 from nemo_align.runtime.agreement import on_main
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
-from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.data_identity import changes, describe_data
 from nemo_align.training.forward import validate
 from nemo_align.training.forward_totals import ForwardTotals, Stopped

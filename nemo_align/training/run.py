@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from nemo_align.checkpoint.store import checkpoint_path
+from nemo_align.data.batch_schedule import BatchSchedule
 from nemo_align.runtime import watchdog
-from nemo_align.training.batch_schedule import BatchSchedule
 from nemo_align.training.loop import Trainer
 from nemo_align.training.result import RESULT_FILE, read_result, write_result
 from nemo_align.training.session import Session

@@ -5,11 +5,8 @@ from __future__ import annotations
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 from nemo_align.data.step_plan import StepLayout
-from nemo_align.model.counts import count_parameters, head_dim
+from nemo_align.model.counts import FP8_MULTIPLE, crossover_length
 from nemo_align.runtime.topology import Topology
-
-# Tokens of a GEMM that Transformer Engine's FP8 recipes want a multiple of (megatron.md 5; NVIDIA's kernels).
-FP8_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
 
 
 def step_layout(
@@ -37,9 +34,3 @@ def step_layout(
         fixed_length=on_gpu,
         crossover_length=crossover_length(model),
     )
-
-
-def crossover_length(model: ModelConfig) -> int:
-    """Segment length at which attention costs as much as the matrix weights: 6 N s = 12 L q s^2 with q = heads x d."""
-    layer_weights = count_parameters(model).layers // model.num_layers
-    return max(1, layer_weights // (2 * model.num_attention_heads * head_dim(model)))

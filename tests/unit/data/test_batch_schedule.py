@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_align.config.training import BatchRampConfig, TrainConfig
-from nemo_align.training.batch_schedule import BatchSchedule
+from nemo_align.data.batch_schedule import BatchSchedule
 
 REPORT_RAMP = [
     BatchRampConfig(from_tokens=0, global_batch_size=768),

@@ -48,6 +48,19 @@ class BatchSchedule:
                 return consumed
         raise AssertionError("the last level returns")
 
+    def levels(self, steps: int) -> list[tuple[int, int]]:
+        """(batch size, how many of the first `steps` batches have it), in order; sizes without a batch are left out."""
+        found: list[tuple[int, int]] = []
+        consumed = 0
+        for level, size in enumerate(self._sizes):
+            last = level + 1 == len(self._sizes)
+            taken = steps if last else min(steps, max(0, -(-(self._starts[level + 1] - consumed) // size)))
+            consumed += taken * size
+            steps -= taken
+            if taken:
+                found.append((size, taken))
+        return found
+
     def steps_for(self, examples: int) -> int:
         """Number of batches that consume `examples` examples; the last one may be short."""
         consumed = steps = 0

@@ -1,0 +1,70 @@
+"""What is planned: a model under a layout, and the work of one optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_align.config.model import ModelConfig
+from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
+from nemo_align.planning.parameters import RewardHeadSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """One optimizer step. Where examples differ in length, the mean over many steps."""
+
+    examples: float  # of the global batch
+    micro_batches: int  # per data-parallel rank, empty ones included
+    tokens: int  # of one micro-batch, padding included
+    squared_tokens: float  # of one micro-batch: sum of squared segment lengths, padding included
+    real_tokens: float  # of the whole step, over all data-parallel ranks
+    real_squared_tokens: float  # the same: sum of squared segment lengths
+    rows: int = 1  # sequences side by side in a micro-batch; packed rows are one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training step of one stage of the recipe. `parallel.data` is a number here."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    work: StepWork
+    head: RewardHeadSize | None = None  # of a reward model, which has no output projection
+    tensor_overlap: bool = False  # tensor-parallel communication overlaps with the products
+
+    @property
+    def data(self) -> int:
+        assert self.parallel.data is not None
+        return self.parallel.data
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.tensor * self.parallel.pipeline * self.data
+
+    @property
+    def layers_per_chunk(self) -> int:
+        return self.model.num_layers // (self.parallel.pipeline * self.parallel.virtual_pipeline)
+
+    @property
+    def sequence_split(self) -> int:
+        """Ranks over which sequence parallelism splits what is not split by tensor parallelism."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.precision.dtype == "bf16" else 4
+
+    def layers_in_fp8(self, stage: int, chunk: int) -> int:
+        """Of a model chunk. Under the tensorwise recipe the model's first and last layer stay in bf16
+        (model/transformer_config.py)."""
+        if self.precision.fp8 == "none":
+            return 0
+        is_first = stage == 0 and chunk == 0
+        is_last = stage == self.parallel.pipeline - 1 and chunk == self.parallel.virtual_pipeline - 1
+        return self.layers_per_chunk - (is_first + is_last if self.precision.fp8 == "tensorwise" else 0)
+
+    @property
+    def is_interleaved(self) -> bool:
+        return self.parallel.virtual_pipeline > 1

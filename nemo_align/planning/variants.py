@@ -1,0 +1,32 @@
+"""The same stage under another layout, and whether the package would accept it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nemo_align.config.stages import TrainStageConfig
+from nemo_align.config.validation_model import check_layout
+from nemo_align.config.validation_train import check_batches
+
+
+def variant(stage: TrainStageConfig, **changes: Any) -> TrainStageConfig:
+    """A copy with `parallel.<key>`, `train.<key>` or `precision.<key>` changed; keys as `parallel__tensor=4`."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        sections.setdefault(section, {})[key] = value
+    replaced = {name: dataclasses.replace(getattr(stage, name), **keys) for name, keys in sections.items()}
+    return dataclasses.replace(stage, **replaced)
+
+
+def problems(stage: TrainStageConfig) -> list[str]:
+    """What config/validation would say of the layout and its batches; nothing if it can run."""
+    parallel = stage.parallel
+    found = list(check_layout(parallel))
+    if not found:
+        found = list(check_layout(parallel, stage.model, stage.precision))
+    if not found:
+        assert parallel.data is not None
+        found = list(check_batches(stage, parallel.data))
+    return found
