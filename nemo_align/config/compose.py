@@ -24,7 +24,8 @@ def compose(verb: str, arguments: Sequence[str], *, check_files: bool = True) ->
 
     `arguments`: overrides as on the command line. `check_files=False` leaves out what needs files that an earlier stage
     still has to write: a pipeline uses it to find mistakes in all stages before it starts the first; the model's
-    sizes stay "???" if they would come from a checkpoint that is not there yet.
+    sizes stay "???" if they would come from a checkpoint that is not there yet. A dry run leaves it out too, unless
+    dry_run_strict is set: it names what is not there.
 
     Raises:
         ConfigError: all that is wrong of one kind, each problem a line with key, value and remedy.
@@ -39,6 +40,8 @@ def compose(verb: str, arguments: Sequence[str], *, check_files: bool = True) ->
     if unknown:
         raise ConfigError.of(unknown)
     tree = composed.tree
+    if tree.get("dry_run") is True and tree.get("dry_run_strict") is not True:
+        check_files = False
     if "experiment" in schema.fields(VERBS[verb]):
         chosen = [o for o in parsed if o.key == "experiment" and not o.is_group]
         if chosen or tree.get("experiment") is None:
@@ -49,8 +52,11 @@ def compose(verb: str, arguments: Sequence[str], *, check_files: bool = True) ->
         raise ConfigError.of(f"{line} ({composed.origin(line.split(' ')[0], parsed)})" for line in problems)
     awaits_checkpoint = initial is None and not check_files and _init_from(tree) is not None
     _refuse_missing(verb, config, awaits_checkpoint)
-    validation.complete(config, initial, model_known=not awaits_checkpoint)
-    validation.validate(config, check_files=check_files, model_known=not awaits_checkpoint, initial=initial)
+    model_known = not (awaits_checkpoint and build.missing_keys(config.model))
+    validation.complete(config, initial, model_known=model_known)
+    validation.validate(
+        config, check_files=check_files, model_known=model_known, awaits_checkpoint=awaits_checkpoint, initial=initial
+    )
     return config
 
 

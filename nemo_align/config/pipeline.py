@@ -38,5 +38,6 @@ class PipelineConfig:
     run_dir: str = "runs/${experiment}"  # manifest, report and a folder per stage
     stages: dict[str, PipelineStageConfig] = field(default_factory=dict)  # in order
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
-    dry_run: bool = False  # check all stages and print their commands, start nothing
+    dry_run: bool = False  # dry-run all stages and print their commands, start nothing
+    dry_run_strict: bool = False  # refuse also what is only not on this machine: data, tokenizer, checkpoint
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

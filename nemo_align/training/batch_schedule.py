@@ -50,10 +50,14 @@ class BatchSchedule:
 
     def steps_for(self, examples: int) -> int:
         """Number of batches that consume `examples` examples; the last one may be short."""
-        consumed = steps = 0
+        return sum(steps for _, steps in self.levels(examples))
+
+    def levels(self, examples: int) -> list[tuple[int, int]]:
+        """(batch size, number of batches) of every level of the ramp, for a stage of `examples` examples."""
+        consumed, levels = 0, []
         for level, size in enumerate(self._sizes):
             end = examples if level + 1 == len(self._sizes) else min(examples, self._starts[level + 1])
             taken = max(0, -(-(end - consumed) // size))
             consumed += taken * size
-            steps += taken
-        return steps
+            levels.append((size, taken))
+        return levels

@@ -1,0 +1,38 @@
+"""Dry runs of several stages in one process: `python -m nemo_align.dry_run <verb> <config.yaml> ...`.
+
+What a pipeline starts, with the resolved configuration of each of its stages.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from nemo_align.config.compose import load_resolved
+from nemo_align.config.errors import raised_by_this_package
+from nemo_align.dry_run import without_gpu
+from nemo_align.runtime import exit_codes, logs
+
+
+def main(arguments: list[str]) -> int:
+    """Dry-run every stage, also after one that is refused; USER_ERROR if any was."""
+    without_gpu()
+    logs.quiet_libraries()
+    from nemo_align.dry_run.run import dry_run  # imports torch
+
+    code = exit_codes.SUCCESS
+    for verb, path in zip(arguments[::2], arguments[1::2], strict=True):
+        try:
+            print(dry_run(verb, load_resolved(verb, path)), flush=True)
+        except ValueError as error:
+            if not raised_by_this_package(error):
+                raise
+            code = exit_codes.USER_ERROR
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or len(sys.argv) % 2 == 0:
+        sys.exit("usage: python -m nemo_align.dry_run <verb> <config.yaml> [<verb> <config.yaml> ...]")
+    sys.exit(main(sys.argv[1:]))
