@@ -278,7 +278,8 @@ def _dry_run(verb: str, config: Any, environment: LaunchEnvironment | None) -> i
     logs.quiet_libraries()
     from nemo_align.dry_run.run import dry_run
 
-    print(dry_run(verb, config, environment and environment.world_size), end="", flush=True)
+    launched = environment.world_size if environment is not None else None
+    print(dry_run(verb, config, launched=launched), end="", flush=True)
     return SUCCESS
 
 

@@ -1,11 +1,14 @@
-"""Dry runs of several stages in one process: `python -m nemo_align.dry_run <verb> <config.yaml> ...`.
+"""Dry runs of the stages of a pipeline in one process.
 
-What a pipeline starts, with the resolved configuration of each of its stages.
+    python -m nemo_align.dry_run <run_dir> <verb> <config.yaml> [<verb> <config.yaml> ...]
+
+The configurations are resolved; what a stage reads below `run_dir`, the pipeline's, an earlier one will have written.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from nemo_align.config.compose import load_resolved
 from nemo_align.config.errors import raised_by_this_package
@@ -13,16 +16,17 @@ from nemo_align.dry_run import without_gpu
 from nemo_align.runtime import exit_codes, logs
 
 
-def main(arguments: list[str]) -> int:
+def main(run_dir: str, stages: list[str]) -> int:
     """Dry-run every stage, also after one that is refused; USER_ERROR if any was."""
     without_gpu()
     logs.quiet_libraries()
     from nemo_align.dry_run.run import dry_run  # imports torch
 
     code = exit_codes.SUCCESS
-    for verb, path in zip(arguments[::2], arguments[1::2], strict=True):
+    for verb, path in zip(stages[::2], stages[1::2], strict=True):
         try:
-            print(dry_run(verb, load_resolved(verb, path)), flush=True)
+            config = load_resolved(verb, path)
+            print(dry_run(verb, config, written_before=Path(run_dir)), flush=True)
         except ValueError as error:
             if not raised_by_this_package(error):
                 raise
@@ -33,6 +37,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or len(sys.argv) % 2 == 0:
-        sys.exit("usage: python -m nemo_align.dry_run <verb> <config.yaml> [<verb> <config.yaml> ...]")
-    sys.exit(main(sys.argv[1:]))
+    if len(sys.argv) < 4 or len(sys.argv) % 2:
+        sys.exit("usage: python -m nemo_align.dry_run <run_dir> <verb> <config.yaml> [<verb> <config.yaml> ...]")
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -36,7 +36,7 @@ def _tokens(key: str, prefix: str, findings: Findings) -> int | None:
     """Tokens of a pair, None if it is not here or wrong."""
     there = [Path(prefix + suffix).exists() for suffix in (".bin", ".idx")]
     if not any(there):
-        findings.absent.append(f"{key}={prefix} (.bin and .idx)")
+        findings.is_absent(key, prefix)
         return None
     with findings.collecting():
         return check_indexed_dataset(prefix, contents=False).num_tokens

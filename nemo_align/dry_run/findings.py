@@ -14,8 +14,12 @@ class Findings:
     """Collected over all parts of a dry run, so that all of them are said at once."""
 
     problems: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)  # files that the run needs and this machine does not have
+    absent: dict[str, list[str]] = field(default_factory=dict)  # path of a file that is not here -> keys that name it
     warnings: list[str] = field(default_factory=list)
+
+    def is_absent(self, key: str, path: str) -> None:
+        """The run needs `path`, which `key` names, and this machine does not have it."""
+        self.absent.setdefault(path, []).append(key)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:

@@ -70,7 +70,7 @@ def run_directory_line(verb: str, config: WorkerConfig, parallel: ParallelConfig
     return f"run directory {run_dir}: resumes from {'the start' if newest is None else newest.name}"
 
 
-def layout_lines(parallel: ParallelConfig, precision: PrecisionConfig) -> list[str]:
+def layout_lines(parallel: ParallelConfig, precision: PrecisionConfig, training: bool) -> list[str]:
     """World size, layout and number formats in words."""
     assert parallel.data is not None
     size = parallel.tensor * parallel.pipeline * parallel.data
@@ -80,9 +80,9 @@ def layout_lines(parallel: ParallelConfig, precision: PrecisionConfig) -> list[s
         text
         for text, on in (
             ("sequence parallel", parallel.sequence),
-            ("distributed optimizer", parallel.distributed_optimizer),
-            ("gradients reduced during the backward pass", parallel.overlap_grad_reduce),
-            ("parameters gathered during the forward pass", parallel.overlap_param_gather),
+            ("distributed optimizer", training and parallel.distributed_optimizer),
+            ("gradients reduced during the backward pass", training and parallel.overlap_grad_reduce),
+            ("parameters gathered during the forward pass", training and parallel.overlap_param_gather),
         )
         if on
     ]
@@ -92,11 +92,11 @@ def layout_lines(parallel: ParallelConfig, precision: PrecisionConfig) -> list[s
     chunks = f" in {parallel.virtual_pipeline} interleaved chunks" if parallel.virtual_pipeline > 1 else ""
     lines = [
         f"{size} processes{shown}: tensor {parallel.tensor} x pipeline {parallel.pipeline}{chunks} x data "
-        f"{parallel.data}",
-        ", ".join([*yes, recompute]),
+        f"{parallel.data}"
     ]
     reduced = "fp32" if precision.grad_reduce_fp32 or precision.dtype == "fp32" else "bf16"
-    lines.append(f"weights in {precision.dtype}, gradients reduced in {reduced}")
+    weights = f"weights in {precision.dtype}"
+    lines.append(", ".join([*yes, recompute, weights, f"gradients in {reduced}"] if training else [*yes, weights]))
     if precision.fp8 != "none":
         lines.append(
             f"matrix products in FP8 ({precision.fp8}): checked as configuration only, its layers need a GPU with "
@@ -111,14 +111,14 @@ def initial_line(config: WorkerConfig, findings: Findings) -> str:
     if init_from is None:
         return f"initial weights: random, seed {config.runtime.seed}"
     if not Path(init_from).exists():
-        findings.absent.append(f"checkpoint.init_from={init_from}")
+        findings.is_absent("checkpoint.init_from", init_from)
     carried = isinstance(config, TrainStageConfig) and config.checkpoint.load_optimizer
     return f"initial weights: {init_from}{', with its optimizer state' if carried else ''}"
 
 
 def section(verb: str, config: WorkerConfig, parallel: ParallelConfig, findings: Findings) -> Section:
     """Run directory, layout, precision, initial weights."""
-    lines = layout_lines(parallel, config.precision)
+    lines = layout_lines(parallel, config.precision, isinstance(config, TrainStageConfig))
     lines.append(initial_line(config, findings))
     with findings.collecting():
         lines.append(run_directory_line(verb, config, parallel))

@@ -84,12 +84,12 @@ def taken(count: RowCount, rows: RowsConfig) -> RowCount:
 
 
 def count_sources(key: str, sources: Mapping[str, RowsConfig], findings: Findings) -> dict[str, RowCount | None]:
-    """Rows taken of each source; None for one that is not on this machine."""
+    """Rows taken of each source; None for one that is not on this machine. `key`: of a path, with {} for the name."""
     counts: dict[str, RowCount | None] = {}
     for name, rows in sources.items():
         counts[name] = None
         if not Path(rows.path).exists():
-            findings.absent.append(f"{key}.{name}.path={rows.path}")
+            findings.is_absent(key.format(name), rows.path)
             continue
         with findings.collecting():
             counts[name] = taken(count_rows(Path(rows.path)), rows)

@@ -6,6 +6,7 @@ batch and learning-rate schedules, its files where they are here, its checkpoint
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from nemo_align.config import build
@@ -40,8 +41,11 @@ device.install()  # before the imports of Megatron-core that the first rank make
 EXAMPLES = {"sft": ("dialogues", 1), "reward": ("rated responses", 1), "preference": ("pairs", 2)}
 
 
-def dry_run(verb: str, config: WorkerConfig, launched: int | None = None) -> str:
-    """What the run would do, as text. `launched`: processes of the job that this process belongs to, if any.
+def dry_run(verb: str, config: WorkerConfig, *, launched: int | None = None, written_before: Path | None = None) -> str:
+    """What the run would do, as text.
+
+    `launched`: processes of the job that this process belongs to, if any; `written_before`: folder in which the earlier
+    stages of a pipeline will have written what this one reads.
 
     Raises:
         ConfigError: why the run would be refused; with dry_run_strict also what is not on this machine.
@@ -73,10 +77,10 @@ def dry_run(verb: str, config: WorkerConfig, launched: int | None = None) -> str
     with findings.collecting():
         sections += _work(verb, config, parallel, reward, findings)
     if config.dry_run_strict:
-        findings.problems += [f"{entry} is not on this machine" for entry in findings.absent]
+        findings.problems += [f"{keys[0]}={path} is not on this machine" for path, keys in findings.absent.items()]
     if findings.problems:
         raise ConfigError.of(f"{config.experiment}: {problem}" for problem in findings.problems)
-    sections += _closing(config, findings)
+    sections += _closing(config, findings, written_before)
     return "\n".join(map(str, sections)) + "\n"
 
 
@@ -92,7 +96,8 @@ def _work(
     else:
         sections, batches, num_examples = _rows(verb, config, parallel, findings)
     with findings.collecting():
-        sections.append(steps.learning_rate_section(config, batches, num_examples))
+        marks = _phase_starts(config) if isinstance(config, PretrainStageConfig) else []
+        sections.append(steps.learning_rate_section(config, batches, num_examples, marks))
     total = None if num_examples is None else num_steps(config.train, batches, num_examples)
     sections.append(checkpoints.section(config, total, reward, findings))
     return sections
@@ -115,6 +120,12 @@ def _pretraining(
     return sections, batches, num_samples
 
 
+def _phase_starts(config: PretrainStageConfig) -> list[int]:
+    """First step (1 = first) of every phase but the first."""
+    ends = itertools.accumulate(phase.steps for phase in config.data.phases.values())
+    return [end + 1 for end in ends][:-1]
+
+
 def _rows(
     verb: str, config: TrainStageConfig, parallel: ParallelConfig, findings: Findings
 ) -> tuple[list[Section], BatchSchedule, int | None]:
@@ -129,12 +140,11 @@ def _rows(
         packing=config.train.packing,
         micro_batch_size=config.train.micro_batch_size,
     )
-    counts = rows.count_sources("data.train", config.data.train, findings)
-    held_out = rows.count_sources("data.validation", config.data.validation, findings)
-    data = [
-        *(f"{name}: {_count(count)} ({config.data.train[name].path})" for name, count in counts.items()),
-        *(f"held out: {name}: {_count(count)} ({config.data.validation[name].path})" for name, count in held_out.items()),
-    ]
+    counts = rows.count_sources("data.train.{}.path", config.data.train, findings)
+    held_out = rows.count_sources("data.validation.{}.path", config.data.validation, findings)
+    data = [f"{name}: {_count(count)} ({config.data.train[name].path})" for name, count in counts.items()]
+    for name, count in held_out.items():
+        data.append(f"held out: {name}: {_count(count)} ({config.data.validation[name].path})")
     complete = None not in counts.values()
     available = sum(count.rows for count in counts.values() if count is not None)
     sample = None
@@ -163,7 +173,7 @@ def _inputs(config: ScoreStageConfig, findings: Findings) -> Section:
         _tokenizer(config, findings)
     sources = {name: RowsConfig(path=path) for name, path in config.inputs.items()}
     lines = []
-    for name, count in rows.count_sources("inputs", sources, findings).items():
+    for name, count in rows.count_sources("inputs.{}", sources, findings).items():
         lines.append(f"{name}: {_count(count)} ({config.inputs[name]}) -> {config.run_dir}/{name}.jsonl")
     tokens = config.micro_batch_tokens or config.data.sequence_length
     lines.append(f"{EXAMPLES_PER_STEP} responses at a time, micro-batches of {tokens:,} tokens")
@@ -175,7 +185,7 @@ def _tokenizer(config: WorkerConfig, findings: Findings) -> Tokenizer | None:
     path = config.data.tokenizer
     if path is None or not Path(path).exists():
         if path is not None:
-            findings.absent.append(f"data.tokenizer={path}")
+            findings.is_absent("data.tokenizer", path)
         return None
     return tokenizer_of(config)
 
@@ -203,13 +213,17 @@ def _reward(config: WorkerConfig) -> RewardConfig | None:
     return RewardConfig(attributes=list(config.weights)) if config.weights else RewardConfig()
 
 
-def _closing(config: WorkerConfig, findings: Findings) -> list[Section]:
+def _closing(config: WorkerConfig, findings: Findings, written_before: Path | None) -> list[Section]:
     sections = []
-    if findings.absent:
-        lines = findings.absent
+    lines = [
+        f"{path} ({keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''})"
+        for path, keys in findings.absent.items()
+        if written_before is None or not Path(path).is_relative_to(written_before)
+    ]
+    if lines:
         root = config.data.root
-        if not Path(root).exists():
-            lines = [*lines, f"data.root={root} is not there: data.root=<folder> moves all files below it"]
+        if not Path(root).exists() and any(Path(path).is_relative_to(root) for path in findings.absent):
+            lines.append(f"data.root={root} does not exist: data.root=<folder> moves all files below it")
         sections.append(Section("not on this machine (dry_run_strict=true refuses this)", lines))
     if findings.warnings:
         sections.append(Section("warnings", findings.warnings))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nemo_align.config.runtime import ParallelConfig
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.data.step_plan import StepLayout, StepPlan
@@ -27,7 +29,9 @@ def pretraining_section(
         )
         consumed, step = consumed + steps * size, step + steps
     total = num_steps(config.train, batches, num_samples)
-    lines.append(f"{total:,} steps, {num_samples:,} samples of {length:,} tokens: {number_of_tokens(consumed * length)}")
+    lines.append(
+        f"{total:,} steps, {num_samples:,} samples of {length:,} tokens: {number_of_tokens(consumed * length)}"
+    )
     return Section("steps", [*lines, *_stops_early(config, total, batches.steps_for(num_samples))])
 
 
@@ -44,10 +48,10 @@ def rows_section(
     size = config.train.global_batch_size
     lines = []
     if num_examples is None:
-        lines.append(f"{config.train.epochs:g} epochs over rows that are not here, {size:,} {kind} a step: set dry_run_rows")
+        lines.append(f"{_epochs(config)} over rows that are not here, {size:,} {kind} a step: set dry_run_rows")
     else:
         total = num_steps(config.train, batches, num_examples)
-        epochs = "" if config.train.epochs is None else f", {config.train.epochs:g} epochs"
+        epochs = "" if config.train.epochs is None else f", {_epochs(config)}"
         lines.append(f"{total:,} steps of {size:,} {kind}: {num_examples:,} in all{epochs}")
         lines += _stops_early(config, total, batches.steps_for(num_examples))
     if not config.train.packing:
@@ -61,8 +65,8 @@ def rows_section(
         most = _round_up(-(-size // layout.data_parallel), layout.multiple_of)
         least = layout.multiple_of
         lines.append(
-            f"{least} to {most} micro-batches of {layout.capacity:,} tokens on each of {layout.data_parallel} replicas, "
-            f"by the lengths of the {kind}{_bubble(parallel, least)}"
+            f"{least} to {most} micro-batches of {layout.capacity:,} tokens on each of {layout.data_parallel} "
+            f"replicas, by the lengths of the {kind}{_bubble(parallel, least, 'at most ')}"
         )
     else:
         empty = sum(not members for rank in sampled.micro_batches for members in rank)
@@ -76,8 +80,10 @@ def rows_section(
     return Section("steps", lines)
 
 
-def learning_rate_section(config: TrainStageConfig, batches: BatchSchedule, num_examples: int | None) -> Section:
-    """The schedule in words, and its values as Megatron-core's scheduler gives them.
+def learning_rate_section(
+    config: TrainStageConfig, batches: BatchSchedule, num_examples: int | None, marks: Sequence[int] = ()
+) -> Section:
+    """The schedule in words, and its values as Megatron-core's scheduler gives them, also at the steps `marks`.
 
     Raises:
         ValueError: warm-up or decay do not fit the stage.
@@ -90,7 +96,7 @@ def learning_rate_section(config: TrainStageConfig, batches: BatchSchedule, num_
     ]
     if num_examples is not None:
         steps = batches.steps_for(num_examples)
-        points = sorted({1, min(steps, optimizer.warmup_steps + 1), -(-steps // 2), steps})
+        points = sorted({1, min(steps, optimizer.warmup_steps + 1), -(-steps // 2), steps, *marks})
         values = learning_rates(config, batches, num_examples, points)
         spans = [f"step {step:,}: {value:.3g}" for step, value in zip(points, values, strict=True)]
         lines.append(f"spans {steps:,} steps; {', '.join(spans)}")
@@ -119,11 +125,15 @@ def _stops_early(config: TrainStageConfig, total: int, scheduled: int) -> list[s
     return [f"stops there by train.max_steps; the schedule spans {scheduled:,}"] if total < scheduled else []
 
 
-def _bubble(parallel: ParallelConfig, count: int) -> str:
+def _epochs(config: TrainStageConfig) -> str:
+    return f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)}"
+
+
+def _bubble(parallel: ParallelConfig, count: int, bound: str = "") -> str:
     """Idle part of the pipeline relative to its work: (pipeline - 1) / (chunks x micro-batches)."""
     if parallel.pipeline == 1:
         return ""
-    return f" (bubble {(parallel.pipeline - 1) / (parallel.virtual_pipeline * count):.1%})"
+    return f" (bubble {bound}{(parallel.pipeline - 1) / (parallel.virtual_pipeline * count):.1%})"
 
 
 def _filled(plan: StepPlan) -> float:

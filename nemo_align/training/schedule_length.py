@@ -25,9 +25,7 @@ def schedule_length(optimizer: OptimizerConfig, batches: BatchSchedule, num_exam
     """
     steps = batches.steps_for(num_examples)
     if optimizer.warmup_steps >= steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps}, but the stage has {steps} steps: lower it"
-        )
+        raise ValueError(f"optimizer.warmup_steps={optimizer.warmup_steps}, but the stage has {steps} steps: lower it")
     warmup = batches.examples_after(optimizer.warmup_steps)
     if optimizer.schedule == "wsd":
         assert optimizer.decay_steps is not None, "validated"
