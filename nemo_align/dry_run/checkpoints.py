@@ -32,16 +32,20 @@ def checkpoint_bytes(config: TrainStageConfig, reward: RewardConfig | None) -> i
     return per_parameter * parameters + in_fp32 * fp32_parameters
 
 
-def section(config: TrainStageConfig, steps: int | None, reward: RewardConfig | None, findings: Findings) -> Section:
+def section(
+    config: TrainStageConfig, num_nodes: int, steps: int | None, reward: RewardConfig | None, findings: Findings
+) -> Section:
     """When checkpoints are written, their size, and the disk that they need at most."""
     checkpoint, size = config.checkpoint, checkpoint_bytes(config, reward)
     lines = [f"{number_of_bytes(size)} each, with optimizer state, in {config.run_dir}/checkpoints"]
     periodic = 0
     if checkpoint.save_every is None:
         lines.append("at the end and on a stop signal only (checkpoint.save_every=null)")
-        findings.warnings.append(
-            "checkpoint.save_every=null: a node that fails costs the whole run. Set the steps between two saves"
-        )
+        if num_nodes > 1:
+            findings.warnings.append(
+                f"checkpoint.save_every=null: the first of {num_nodes} nodes that fails costs the whole run. Set the "
+                "steps between two saves"
+            )
     else:
         every = checkpoint.save_every
         periodic = (steps - 1) // every if steps else checkpoint.keep_last

@@ -32,6 +32,12 @@ def world(config: WorkerConfig, launched: int | None) -> ParallelConfig:
     return ParallelConfig(**{**vars(parallel), "data": data})
 
 
+def num_nodes(parallel: ParallelConfig) -> int:
+    """Nodes of 8 GPUs that the job takes."""
+    assert parallel.data is not None
+    return -(-parallel.tensor * parallel.pipeline * parallel.data // GPUS_PER_NODE)
+
+
 def first_gpu(parallel: ParallelConfig) -> Topology:
     """The place of rank 0 of the job, on a GPU: what the layout of a step depends on is the same on all ranks."""
     import torch

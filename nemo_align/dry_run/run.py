@@ -99,7 +99,7 @@ def _work(
         marks = _phase_starts(config) if isinstance(config, PretrainStageConfig) else []
         sections.append(steps.learning_rate_section(config, batches, num_examples, marks))
     total = None if num_examples is None else num_steps(config.train, batches, num_examples)
-    sections.append(checkpoints.section(config, total, reward, findings))
+    sections.append(checkpoints.section(config, place.num_nodes(parallel), total, reward, findings))
     return sections
 
 
