@@ -71,6 +71,7 @@ WRONG = {
         [*CODE_SFT, "model=tiny", "parallel=single", "parallel.data=1", ROWS, "data.tokenizer=tokenizer.model"],
         "rows.jsonl:2: messages[0].role: unknown role 'bot'",
     ),
+    "an empty tokenizer": ([*PRETRAIN, "data.tokenizer=empty.model"], "empty.model is not a SentencePiece model"),
     "another run's directory": (
         [*CODE_SFT, "run_dir=taken"],
         "run_dir=taken belongs to a run of `nemo-align pretrain`",
@@ -88,6 +89,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, stage_inputs) -> dict[str,
     good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     (folder / "rows.jsonl").write_text(f"{good}\n{good.replace('user', 'bot')}\n")
     (folder / "tokenizer.model").write_bytes(stage_inputs.tokenizer.read_bytes())
+    (folder / "empty.model").touch()
     (folder / "taken").mkdir()
     (folder / "taken" / "config.yaml").write_text("# nemo-align pretrain\n")
     for suffix in (".bin", ".idx"):
