@@ -17,11 +17,11 @@ from nemo_align.data.tokenizer import load_tokenizer
 from nemo_align.dry_run import rows
 from nemo_align.dry_run.rows import RowCount, count_rows, taken
 from tests.stage_inputs import MODEL, StageInputs, stage_overrides
-from tests.unit.dry_run.child import Answer, run_commands
+from tests.unit.dry_run.child import Answer, Child
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory, stage_inputs: StageInputs) -> dict[str, Answer]:
+def answers(child: Child, tmp_path_factory: pytest.TempPathFactory, stage_inputs: StageInputs) -> dict[str, Answer]:
     folder = tmp_path_factory.mktemp("with_data")
     layout = ["parallel=pp2_vp2", "parallel.data=2", "checkpoint.save_every=1", "dry_run_strict=true"]
     commands = {
@@ -39,7 +39,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, stage_inputs: StageInputs)
         "data.select.min_chosen_reward=100",
         "dry_run=true",
     ]
-    return dict(zip(commands, run_commands(list(commands.values()), folder), strict=True))
+    return dict(zip(commands, child.run(list(commands.values()), folder), strict=True))
 
 
 def test_pretraining_files_are_counted(answers: dict[str, Answer], stage_inputs: StageInputs) -> None:
@@ -92,20 +92,18 @@ def test_a_selection_that_leaves_nothing_is_a_warning(answers: dict[str, Answer]
     assert "3 steps of 10 pairs" in text and "reference log-probabilities" in text
 
 
-def test_a_begun_run_resumes(tmp_path: Path, stage_inputs: StageInputs) -> None:
+def test_a_begun_run_resumes(child: Child, tmp_path: Path, stage_inputs: StageInputs) -> None:
     from nemo_align.config.compose import to_yaml
     from nemo_align.config.run_directory import claim
     from tests.unit.checkpoint.published import publish
 
     sft = [*MODEL, *stage_overrides(stage_inputs, "sft"), "run_dir=mine"]
     claim("sft", tmp_path / "mine", to_yaml(compose("sft", sft)))
-    [answer] = run_commands([["sft", *sft, "dry_run=true"]], tmp_path)
+    [answer] = child.run([["sft", *sft, "dry_run=true"]], tmp_path)
     assert "run directory mine: resumes from the start" in answer.out
     layout = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1}
     publish(tmp_path / "mine", 2, layout=layout, optimizer_sharding="dp_reshardable")
-    again, other = run_commands(
-        [["sft", *sft, "dry_run=true"], ["sft", *sft, "dry_run=true", "parallel=tp2"]], tmp_path
-    )
+    again, other = child.run([["sft", *sft, "dry_run=true"], ["sft", *sft, "dry_run=true", "parallel=tp2"]], tmp_path)
     assert "run directory mine: resumes from step_0000002" in again.out
     assert other.code == 2 and "is a periodic save under parallel.tensor=1" in other.err
 

@@ -51,6 +51,7 @@ def test_a_stage_that_would_be_refused_is_named_and_the_others_are_shown(
     assert done.stdout.count(": sft of nemotron4_tiny") == 1
 
 
+@pytest.mark.full
 def test_files_that_are_not_here_are_named_or_refused(tmp_path: Path, stage_inputs: StageInputs) -> None:
     missing = [*MODEL, *stage_overrides(stage_inputs, "sft"), "data.train.rows.path=nowhere.jsonl"]
     arguments = [*chain(stage_inputs), f"stages.one.overrides={missing!r}"]
@@ -74,6 +75,7 @@ def test_the_340b_as_jobs_of_a_cluster(tmp_path: Path) -> None:
     assert "/data/tokenizer.model (data.tokenizer)" in done.stdout
 
 
+@pytest.mark.full
 def test_a_chain_takes_the_nodes_that_the_cluster_gives(tmp_path: Path) -> None:
     nodes = ["cluster=dgx_h100", "cluster.nodes=4"]
     keep = [f"~stages.{name}" for name in ("reward", "score_pairs", "dpo", "rpo_1", "rpo_2", "rpo_3", "general_sft")]

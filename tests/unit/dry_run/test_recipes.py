@@ -12,7 +12,7 @@ from nemo_align.config import sources
 from nemo_align.config.compose import compose
 from nemo_align.config.validation_pipeline import STAGE_VERBS
 from nemo_align.pipeline.chain import build_chain, compose_chain
-from tests.unit.dry_run.child import Answer, run_commands
+from tests.unit.dry_run.child import Answer, Child
 
 # One of each kind; the others are in `make test-full`.
 SAMPLED = (
@@ -60,13 +60,13 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(empty: Path) -> dict[str, Answer]:
-    return dict(zip(SAMPLED, run_commands([command(name) for name in SAMPLED], empty), strict=True))
+def answers(child: Child, empty: Path) -> dict[str, Answer]:
+    return dict(zip(SAMPLED, child.run([command(name) for name in SAMPLED], empty), strict=True))
 
 
 @pytest.fixture(scope="module")
-def all_answers(empty: Path) -> dict[str, Answer]:
-    return dict(zip(STAGES, run_commands([command(name) for name in STAGES], empty), strict=True))
+def all_answers(child: Child, empty: Path) -> dict[str, Answer]:
+    return dict(zip(STAGES, child.run([command(name) for name in STAGES], empty), strict=True))
 
 
 def check(name: str, answer: Answer) -> None:

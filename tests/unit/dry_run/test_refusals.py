@@ -1,10 +1,11 @@
-"""What the job would be refused for, a dry run is refused for: exit code 2, one message with key and remedy."""
+"""What the job would be refused for, a dry run is refused for: exit code 2, one message with key and remedy.
+What only looks wrong is a warning."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.unit.dry_run.child import Answer, run_commands
+from tests.unit.dry_run.child import Answer, Child
 
 CODE_SFT = ["sft", "+experiment=nemotron4_340b/code_sft", "dry_run=true"]
 PRETRAIN = ["pretrain", "+experiment=nemotron4_340b/pretrain", "dry_run=true"]
@@ -83,8 +84,18 @@ WRONG = {
 }
 
 
+DENSE = ["parallel.pipeline=8", "parallel.virtual_pipeline=12", "parallel.data=1", "checkpoint.save_every=null"]
+RIGHT = {
+    "too large for a GPU": [*CODE_SFT, *DENSE],
+    "fp8_delayed": [*CODE_SFT, "precision=fp8_delayed"],
+    "fp8_tensorwise": [*CODE_SFT, "precision=fp8_tensorwise"],
+    "fp8_blockwise": [*CODE_SFT, "precision=fp8_blockwise"],
+    "ranks": [*CODE_SFT, "dry_run_ranks=[3,191]"],
+}
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory, stage_inputs) -> dict[str, Answer]:
+def answers(child: Child, tmp_path_factory: pytest.TempPathFactory, stage_inputs) -> dict[str, Answer]:
     folder = tmp_path_factory.mktemp("wrong")
     good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     (folder / "rows.jsonl").write_text(f"{good}\n{good.replace('user', 'bot')}\n")
@@ -94,7 +105,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory, stage_inputs) -> dict[str,
     (folder / "taken" / "config.yaml").write_text("# nemo-align pretrain\n")
     for suffix in (".bin", ".idx"):
         (folder / f"cut{suffix}").write_bytes(b"cut")
-    return dict(zip(WRONG, run_commands([argv for argv, _ in WRONG.values()], folder), strict=True))
+    commands = {name: argv for name, (argv, _) in WRONG.items()} | RIGHT
+    return dict(zip(commands, child.run(list(commands.values()), folder), strict=True))
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -104,3 +116,23 @@ def test_refused(case: str, answers: dict[str, Answer]) -> None:
     assert answer.err.startswith("error: ") and WRONG[case][1] in answer.err, answer.err
     assert "Traceback" not in answer.err
     assert answer.out == ""
+
+
+def test_what_only_looks_wrong_is_a_warning(answers: dict[str, Answer]) -> None:
+    # 5.77 B parameters of the last stage of eight, 18 bytes each: 103.9 GB.
+    _, _, warnings = answers["too large for a GPU"].out.partition("warnings\n")
+    assert "rank 56 holds 104 GB before any activation, more than a GPU of 80 GB" in warnings
+    assert "checkpoint.save_every=null: the first of 8 nodes that fails costs the whole run" in warnings
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_no_gpu_is_no_reason_to_refuse_fp8(recipe: str, answers: dict[str, Answer]) -> None:
+    answer = answers[f"fp8_{recipe}"]
+    assert answer.code == 0, answer.err
+    assert f"matrix products in FP8 ({recipe}): checked as configuration only" in answer.out
+
+
+def test_ranks_may_be_chosen(answers: dict[str, Answer]) -> None:
+    text = answers["ranks"].out
+    assert "rank 3 (pipeline 0, data 0, tensor 3)" in text and "rank 191 (pipeline 11, data 1, tensor 7)" in text
+    assert text.count("  rank ") == 2
