@@ -18,9 +18,7 @@ def pretraining_section(
     """A line for each batch size of the ramp."""
     length = config.data.sequence_length
     lines, consumed, step = [], 0, 1
-    for size, steps in batches.levels(num_samples):
-        if steps == 0:
-            continue
+    for size, steps in batches.levels(batches.steps_for(num_samples)):
         count = size // (config.train.micro_batch_size * parallel.data)
         lines.append(
             f"from step {step:,} ({number_of_tokens(consumed * length)} tokens): {steps:,} steps of {size:,} samples, "

@@ -48,16 +48,25 @@ class BatchSchedule:
                 return consumed
         raise AssertionError("the last level returns")
 
+    def levels(self, steps: int) -> list[tuple[int, int]]:
+        """(batch size, how many of the first `steps` batches have it), in order; sizes without a batch are left out."""
+        found: list[tuple[int, int]] = []
+        consumed = 0
+        for level, size in enumerate(self._sizes):
+            last = level + 1 == len(self._sizes)
+            taken = steps if last else min(steps, max(0, -(-(self._starts[level + 1] - consumed) // size)))
+            consumed += taken * size
+            steps -= taken
+            if taken:
+                found.append((size, taken))
+        return found
+
     def steps_for(self, examples: int) -> int:
         """Number of batches that consume `examples` examples; the last one may be short."""
-        return sum(steps for _, steps in self.levels(examples))
-
-    def levels(self, examples: int) -> list[tuple[int, int]]:
-        """(batch size, number of batches) of every level of the ramp, for a stage of `examples` examples."""
-        consumed, levels = 0, []
+        consumed = steps = 0
         for level, size in enumerate(self._sizes):
             end = examples if level + 1 == len(self._sizes) else min(examples, self._starts[level + 1])
             taken = max(0, -(-(end - consumed) // size))
             consumed += taken * size
-            levels.append((size, taken))
-        return levels
+            steps += taken
+        return steps
