@@ -119,6 +119,8 @@ def run(verb: str, overrides: list[str]) -> int:
     config = compose(verb, overrides)
     if verb == "pipeline":
         return importlib.import_module("nemo_align.pipeline.run").main(config, overrides)
+    if getattr(config, "dry_run", False):
+        return _dry_run(verb, config, environment)
     if verb in _WITHOUT_WORKERS:
         from nemo_align.runtime import logs
 
@@ -270,6 +272,24 @@ def _let_rank_0_speak() -> None:
         time.sleep(_RANK_0_FIRST_SECONDS)
 
 
+def _dry_run(verb: str, config: Any, environment: LaunchEnvironment | None) -> int:
+    """Print what the run would do. Of the ranks of a job, rank 0 does."""
+    from nemo_align.dry_run import without_gpu
+    from nemo_align.runtime import logs
+
+    if environment is not None:
+        _accept_signals()
+        if environment.rank > 0:
+            return SUCCESS
+    without_gpu()
+    logs.quiet_libraries()
+    from nemo_align.dry_run.run import dry_run
+
+    launched = environment.world_size if environment is not None else None
+    print(dry_run(verb, config, launched=launched), end="", flush=True)
+    return SUCCESS
+
+
 def _run_here(verb: str, config: Any, environment: LaunchEnvironment) -> int:
     """This process is one rank of a job that torchrun or srun started."""
     from nemo_align import worker
@@ -328,18 +348,12 @@ def _claim(verb: str, config: Any) -> None:
     from nemo_align.config import run_directory
     from nemo_align.config.compose import to_yaml
 
-    run_dir, text, same_run = Path(config.run_dir), to_yaml(config), _may_change(verb, config)
+    run_dir, text, same_run = Path(config.run_dir), to_yaml(config), run_directory.may_change(verb, config)
     if (path := run_dir / run_directory.CONFIG_FILE).exists():
         run_directory.refuse_other(verb, path, text, same_run)
         refuse_layout(run_dir, config.parallel)  # before config.yaml names a layout that the run never had
     for difference in run_directory.claim(verb, run_dir, text, same_run):
         print(f"note: resuming with another layout: {run_directory.describe(difference)}", file=sys.stderr)
-
-
-def _may_change(verb: str, config: Any) -> list[str]:
-    """train.max_steps may move where it only says when to stop: it is the schedule's length if nothing else is."""
-    stops_only = verb == "pretrain" or (hasattr(config, "train") and config.train.epochs is not None)
-    return ["train.max_steps"] if stops_only else []
 
 
 if __name__ == "__main__":

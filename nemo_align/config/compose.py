@@ -31,9 +31,10 @@ def compose(
 
     `arguments`: overrides as on the command line. `check_files=False` leaves out what needs files that an earlier stage
     still has to write: a pipeline uses it to find mistakes in all stages before it starts the first; the model's
-    sizes stay "???" if they would come from a checkpoint that is not there yet. `fill` may put values into the plain
-    tree, defaults and checkpoint applied, before it is checked: a plan gives stand-ins for what only a run needs, and
-    then has to give the model too.
+    sizes stay "???" if they would come from a checkpoint that is not there yet. A dry run leaves it out too, unless
+    dry_run_strict is set: it names what is not there. `fill` may put values into the plain tree, defaults and
+    checkpoint applied, before it is checked: a plan gives stand-ins for what only a run needs, and then has to give the
+    model too.
 
     Raises:
         ConfigError: all that is wrong of one kind, each problem a line with key, value and remedy.
@@ -52,6 +53,8 @@ def compose(
     if unknown:
         raise ConfigError.of(unknown)
     tree = composed.tree
+    if tree.get("dry_run") is True and tree.get("dry_run_strict") is not True:
+        check_files = False
     if "experiment" in schema.fields(VERBS[verb]):
         chosen = [o for o in parsed if o.key == "experiment" and not o.is_group]
         if chosen or tree.get("experiment") is None:
@@ -64,8 +67,11 @@ def compose(
         raise ConfigError.of(f"{line} ({composed.origin(line.split(' ')[0], parsed)})" for line in problems)
     awaits_checkpoint = initial is None and not check_files and fill is None and _init_from(tree) is not None
     _refuse_missing(verb, config, awaits_checkpoint)
-    validation.complete(config, initial, model_known=not awaits_checkpoint)
-    validation.validate(config, check_files=check_files, model_known=not awaits_checkpoint, initial=initial)
+    model_known = not (awaits_checkpoint and build.missing_keys(config.model))
+    validation.complete(config, initial, model_known=model_known)
+    validation.validate(
+        config, check_files=check_files, model_known=model_known, awaits_checkpoint=awaits_checkpoint, initial=initial
+    )
     return config
 
 

@@ -34,6 +34,7 @@ class PretrainDataConfig:
     """Next-token data in phases, in the order written, under one learning-rate schedule."""
 
     tokenizer: str | None = None  # SentencePiece file or Hugging Face folder; null: that of checkpoint.init_from
+    root: str = "data"  # folder that experiments find their files in: ${data.root}/pretrain/english
     sequence_length: int | None = None  # tokens per sample; null: model.max_sequence_length
     phases: dict[str, PhaseConfig] = field(default_factory=dict)
     validation: dict[str, IndexedSourceConfig] = field(default_factory=dict)  # each its own held-out set, read whole
@@ -55,6 +56,7 @@ class ChatDataConfig:
     """What sft, reward, preference and score have in common."""
 
     tokenizer: str | None = None  # SentencePiece file or Hugging Face folder; null: that of checkpoint.init_from
+    root: str = "data"  # folder that experiments find their files in: ${data.root}/code_sft/train.jsonl
     sequence_length: int | None = None  # longest sequence in tokens; null: model.max_sequence_length
     overlong: str = "error"  # error | drop | truncate (the oldest turns)
     bad_rows: str = "error"  # error | quarantine (leave wrong rows out, written with the reason beside the cache)

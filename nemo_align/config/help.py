@@ -95,6 +95,7 @@ Examples:
   nemo-align sft +experiment=quickstart/code_sft parallel.tensor=2 parallel.data=2
   sbatch slurm/train.sbatch sft +experiment=quickstart/code_sft
   nemo-align sft +experiment=quickstart/code_sft --cfg job   what would run, with every key
+  nemo-align sft +experiment=nemotron4_340b/code_sft dry_run=true   what the job would do, without a GPU
 
 `nemo-align <verb> --help` lists the keys, groups and experiments of a verb. Starting the same command again resumes.
 `nemo-align --version` prints the version."""

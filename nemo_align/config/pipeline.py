@@ -17,7 +17,11 @@ class ClusterConfig:
     tasks_per_node: int | None = None  # workers on a node; null: gpus_per_node
     partition: str | None = None  # sbatch --partition
     account: str | None = None  # sbatch --account
+    qos: str | None = None  # sbatch --qos
     time_limit: str | None = None  # HH:MM:SS
+    python: str | None = None  # of the environment on the nodes; null: this one, in a container its own `python`
+    container_image: str | None = None  # srun --container-image (pyxis): name or .sqsh file; null: no container
+    container_mounts: list[str] = field(default_factory=list)  # source:target, besides the folder of the submission
 
 
 @dataclass(kw_only=True)
@@ -38,5 +42,6 @@ class PipelineConfig:
     run_dir: str = "runs/${experiment}"  # manifest, report and a folder per stage
     stages: dict[str, PipelineStageConfig] = field(default_factory=dict)  # in order
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
-    dry_run: bool = False  # check all stages and print their commands, start nothing
+    dry_run: bool = False  # dry-run all stages and print their commands, start nothing
+    dry_run_strict: bool = False  # refuse also what is only not on this machine: data, tokenizer, checkpoint
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

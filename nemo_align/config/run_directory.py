@@ -36,7 +36,9 @@ FREE_KEYS = (
     "runtime.hang_timeout_minutes",
     "runtime.max_restarts",
     "data.cache_dir",
+    "data.root",  # only where other paths come from, and these are compared
     "data.validation*",
+    "dry_run*",
 )
 # Other rounding, the same examples in the same order.
 LAYOUT_KEYS = (
@@ -85,6 +87,13 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         except OSError as error:
             raise ConfigError(f"run_dir={run_dir} cannot be written: {error}") from None
         yield
+
+
+def may_change(verb: str, config: Any) -> list[str]:
+    """Further keys that may differ: train.max_steps where it only says when to stop. It is the schedule's length if
+    nothing else is."""
+    stops_only = verb == "pretrain" or (hasattr(config, "train") and config.train.epochs is not None)
+    return ["train.max_steps"] if stops_only else []
 
 
 def claim(verb: str, run_dir: Path, text: str, same_run: Sequence[str] = ()) -> list[Difference]:

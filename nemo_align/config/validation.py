@@ -56,18 +56,24 @@ def complete(config: Any, initial: InitialCheckpoint | None, *, model_known: boo
 
 
 def validate(
-    config: Any, *, check_files: bool = True, model_known: bool = True, initial: InitialCheckpoint | None = None
+    config: Any,
+    *,
+    check_files: bool = True,
+    model_known: bool = True,
+    awaits_checkpoint: bool = False,
+    initial: InitialCheckpoint | None = None,
 ) -> None:
     """Refuse a configuration that cannot run.
 
-    `model_known`: the sizes of the model are there; `initial`: what checkpoint.init_from says.
+    `model_known`: the sizes of the model are there; `awaits_checkpoint`: checkpoint.init_from, which may bring a
+    tokenizer, is not there yet; `initial`: what it says if it is.
 
     Raises:
         ConfigError: every problem, a line each.
     """
     problems = [*_choices(config), *_check_names(config)]
     if isinstance(config, WorkerConfig):
-        problems += _check_worker(config, check_files, model_known, initial)
+        problems += _check_worker(config, check_files, model_known, awaits_checkpoint, initial)
     elif isinstance(config, PipelineConfig):
         problems += check_pipeline(config)
     elif isinstance(config, ConvertConfig):
@@ -124,7 +130,11 @@ def check_accelerator(precision: PrecisionConfig, num_gpus: int) -> None:
 
 
 def _check_worker(
-    config: WorkerConfig, check_files: bool, model_known: bool, initial: InitialCheckpoint | None
+    config: WorkerConfig,
+    check_files: bool,
+    model_known: bool,
+    awaits_checkpoint: bool,
+    initial: InitialCheckpoint | None,
 ) -> Iterator[str]:
     yield from check_layout(config.parallel)
     yield from check_precision(config.precision)
@@ -134,7 +144,8 @@ def _check_worker(
         if config.parallel.tensor > 0 and config.parallel.pipeline > 0 and config.parallel.virtual_pipeline > 0:
             yield from check_layout(config.parallel, config.model, config.precision)
     yield from _check_process(config)
-    yield from _check_initial(config, model_known, initial)
+    yield from _check_initial(config, awaits_checkpoint, initial)
+    yield from _check_dry_run(config)
     yield from check_data(config, check_files)
     if isinstance(config, TrainStageConfig):
         yield from check_train(config)
@@ -213,7 +224,16 @@ def _check_process(config: WorkerConfig) -> Iterator[str]:
         yield f"tracking.peak_tflops is {tracking.peak_tflops}, but must be positive (null: datasheet or measured)"
 
 
-def _check_initial(config: WorkerConfig, model_known: bool, initial: InitialCheckpoint | None) -> Iterator[str]:
+def _check_dry_run(config: WorkerConfig) -> Iterator[str]:
+    for name in ("dry_run_world_size", "dry_run_rows"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            yield f"{name} is {value}, but must be at least 1"
+    if config.dry_run_ranks is not None and (not config.dry_run_ranks or min(config.dry_run_ranks) < 0):
+        yield f"dry_run_ranks is {config.dry_run_ranks}, but must name ranks of the job, from 0 on: dry_run_ranks=[0]"
+
+
+def _check_initial(config: WorkerConfig, awaits_checkpoint: bool, initial: InitialCheckpoint | None) -> Iterator[str]:
     init_from = config.checkpoint.init_from
     if init_from is None and (message := missing_checkpoint(type(config))):
         yield message
@@ -235,7 +255,7 @@ def _check_initial(config: WorkerConfig, model_known: bool, initial: InitialChec
         and initial.reward is None
     ):
         yield f"checkpoint.init_from={init_from} is not a reward model: name the run directory of a reward stage"
-    if config.data.tokenizer is None and model_known:
+    if config.data.tokenizer is None and not awaits_checkpoint:
         remedy = "a SentencePiece file or a Hugging Face folder. Example: data.tokenizer=data/tokenizer.model"
         yield f"data.tokenizer is missing, and checkpoint.init_from gives none: {remedy}"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from nemo_align.config import overrides, schema, sources, suggest
 from nemo_align.config.errors import ConfigError
-from nemo_align.config.pipeline import PipelineConfig
+from nemo_align.config.pipeline import ClusterConfig, PipelineConfig
 
 STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
@@ -46,11 +46,27 @@ def check_pipeline(config: PipelineConfig) -> Iterator[str]:
             yield f"cluster.{name} is {getattr(cluster, name)}, but must be at least 1"
     if cluster.kind == "slurm" and cluster.gpus_per_node is None and cluster.tasks_per_node is None:
         yield "cluster.gpus_per_node=null needs cluster.tasks_per_node, the workers on each node"
+    yield from _check_container(cluster)
     if cluster.time_limit is not None and not _TIME_LIMIT.fullmatch(cluster.time_limit):
         yield (
             f"cluster.time_limit is '{cluster.time_limit}', but must be HH:MM:SS or D-HH:MM:SS; "
             "quote it in YAML, which reads 4:00:00 as a number"
         )
+
+
+def _check_container(cluster: ClusterConfig) -> Iterator[str]:
+    if cluster.container_mounts and cluster.container_image is None:
+        yield "cluster.container_mounts has no effect without cluster.container_image: name the image, or leave it out"
+    for index, mount in enumerate(cluster.container_mounts):
+        if not re.fullmatch(r"[^\s:,]+:[^\s:,]+(:[^\s:,]+)?", mount):
+            yield (
+                f"cluster.container_mounts[{index}] is '{mount}', but must be source:target, without spaces or commas: "
+                "/lustre:/lustre"
+            )
+    for name in ("container_image", "python"):
+        value = getattr(cluster, name)
+        if value is not None and (not value or re.search(r"\s", value)):
+            yield f"cluster.{name} is '{value}', but must be a name without spaces"
 
 
 def _check_overrides(key: str, verb: str, texts: list[str], earlier: list[str]) -> Iterator[str]:

@@ -30,10 +30,11 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             text_model = controls_never_in_text(self._model)
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+            # An empty file is read without a word up to here.
+            self._text = sentencepiece.SentencePieceProcessor(model_proto=text_model)
+            self._continuation = sentencepiece.SentencePieceProcessor(model_proto=without_dummy_prefix(text_model))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"data.tokenizer: {model_file} is not a SentencePiece model ({error})") from error
-        self._text = sentencepiece.SentencePieceProcessor(model_proto=text_model)
-        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=without_dummy_prefix(text_model))
         self.vocab_size = self._pieces.vocab_size()
         self.fingerprint = hashlib.blake2b(self._model, digest_size=16).hexdigest()
         self._control_ids = {

@@ -101,11 +101,12 @@ def assignment(key: str, value: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def compose_chain(stages: list[Stage], finished: set[str]) -> dict[str, Any]:
+def compose_chain(stages: list[Stage], finished: set[str], *, check_files: bool = True) -> dict[str, Any]:
     """The configuration of every stage, so that a mistake in the last is found before the first starts.
 
     `finished`: stages whose output is there. What the others will write is taken as given; everything else, files and
     layouts included, is checked as if the stage started now: its model is that of the stage it starts from.
+    `check_files=False` takes all files as given: a dry run names those that are not there.
 
     Raises:
         ConfigError: what is wrong with all stages, each line with the stage's name.
@@ -116,11 +117,12 @@ def compose_chain(stages: list[Stage], finished: set[str]) -> dict[str, Any]:
         ready = all(name in finished for name in stage.depends_on)
         try:
             if ready:
-                config = compose(stage.verb, stage.arguments)
+                config = compose(stage.verb, stage.arguments, check_files=check_files)
             else:
                 config = _compose_early(stage, finished)
                 _complete_from_earlier(config, stage, configs)
-                problems += [f"stage {stage.name}: {problem}" for problem in _missing_files(config, stage, stages)]
+                if check_files:
+                    problems += [f"stage {stage.name}: {problem}" for problem in _missing_files(config, stage, stages)]
         except ConfigError as error:
             problems += [f"stage {stage.name}: {line}" for line in str(error).splitlines()]
             continue
@@ -166,7 +168,7 @@ def _complete_from_earlier(config: Any, stage: Stage, configs: Mapping[str, Any]
     tokenizer = config.data.tokenizer
     config.data.tokenizer = tokenizer or initial.tokenizer
     validation.complete(config, initial)
-    validation.validate(config, check_files=False, initial=initial)
+    validation.validate(config, check_files=False, awaits_checkpoint=config.data.tokenizer is None, initial=initial)
 
 
 def _missing_files(config: Any, stage: Stage, stages: list[Stage]) -> Iterator[str]:

@@ -6,13 +6,14 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.config.pipeline import PipelineConfig
 from nemo_align.config.run_directory import exclusive
-from nemo_align.pipeline import slurm
+from nemo_align.pipeline import dry_runs, slurm
 from nemo_align.pipeline.chain import Stage, build_chain, compose_chain
 from nemo_align.pipeline.local import LocalRunner, command
 from nemo_align.pipeline.manifest import Manifest, read_manifest, update
@@ -35,9 +36,9 @@ def main(config: PipelineConfig, raw_overrides: Sequence[str] = ()) -> int:
     """
     run_dir = Path(config.run_dir)
     stages = build_chain(config)
-    with exclusive(run_dir):
+    with nullcontext() if config.dry_run else exclusive(run_dir):
         finished = {stage.name for stage in stages if is_complete(stage)}
-        configs = compose_chain(stages, finished)
+        configs = compose_chain(stages, finished, check_files=config.dry_run_strict or not config.dry_run)
         manifest = update(
             read_manifest(run_dir),
             config.experiment,
@@ -50,7 +51,7 @@ def main(config: PipelineConfig, raw_overrides: Sequence[str] = ()) -> int:
                 _take_over(stage, manifest, configs[stage.name])
         if config.dry_run:
             _print_commands(config, todo, configs, manifest)
-            return exit_codes.SUCCESS
+            return dry_runs.run(run_dir, todo, configs, config.cluster)
         manifest.write(run_dir)
         if config.cluster.kind == "slurm":
             return _submit(config, stages, todo, configs, manifest)
@@ -138,7 +139,7 @@ def _submit(
         argv = slurm.submission(
             stage, configs[stage.name].parallel, config.cluster, pipeline=config.experiment, after=after
         )
-        job_ids[stage.name] = slurm.submit(argv)
+        job_ids[stage.name] = slurm.submit(argv, config.cluster)
         record = manifest[stage.name]
         record.restarts += record.job_id is not None
         record.status, record.job_id = "pending", job_ids[stage.name]
@@ -147,12 +148,15 @@ def _submit(
         summarize(run_dir, manifest)
         return exit_codes.SUCCESS
     last = slurm.summary_submission(run_dir, config.cluster, pipeline=config.experiment, after=list(job_ids.values()))
-    print(slurm.table({**job_ids, "summary": slurm.submit(last)}))
+    print(slurm.table({**job_ids, "summary": slurm.submit(last, config.cluster)}))
     return exit_codes.SUCCESS
 
 
 def _print_commands(config: PipelineConfig, todo: list[Stage], configs: dict[str, Any], manifest: Manifest) -> None:
     """The commands that would run; job ids that SLURM would give stand as $<stage>."""
+    if config.cluster.kind == "slurm":
+        for name, value in slurm.variables(config.cluster).items():
+            print(f"export {name}={shlex.quote(value)}")
     for stage in todo:
         if config.cluster.kind == "slurm":
             names = {other.name for other in todo}

@@ -68,9 +68,9 @@ def submission(
     ]
     # 0 takes back the script's own line on a cluster without GPUs.
     options.append(f"--gpus-per-node={min(tasks, cluster.gpus_per_node or 0)}")
-    for name, value in (("partition", cluster.partition), ("account", cluster.account), ("time", cluster.time_limit)):
-        if value is not None:
-            options.append(f"--{name}={value}")
+    options += _site_options(cluster)
+    if cluster.time_limit is not None:
+        options.append(f"--time={cluster.time_limit}")
     if after:
         # Without the second option a job whose parent failed stays in the queue for ever.
         options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
@@ -81,16 +81,31 @@ def summary_submission(run_dir: Path, cluster: ClusterConfig, *, pipeline: str, 
     """The sbatch command of the job that brings manifest and report up to date, however the stages ended."""
     options = ["--parsable", f"--job-name={pipeline}/summary", "--nodes=1", "--ntasks=1", "--time=00:10:00"]
     options += [f"--output={run_dir}/slurm-summary.txt", f"--dependency=afterany:{':'.join(after)}"]
-    for name, value in (("partition", cluster.partition), ("account", cluster.account)):
-        if value is not None:
-            options.append(f"--{name}={value}")
+    options += _site_options(cluster)
     return ["sbatch", *options, f"--wrap={shlex.join([sys.executable, '-m', 'nemo_align.pipeline', str(run_dir)])}"]
 
 
-def submit(argv: list[str]) -> str:
+def variables(cluster: ClusterConfig) -> dict[str, str]:
+    """What slurm/train.sbatch is told in environment variables: the Python of the nodes, and srun's options for a
+    container. A variable that is set already wins."""
+    told = {"NEMO_ALIGN_PYTHON": cluster.python or ("python" if cluster.container_image else sys.executable)}
+    if cluster.container_image is not None:
+        here = Path.cwd()  # relative paths of the configuration start here, inside as outside
+        mounts = ",".join([f"{here}:{here}", *cluster.container_mounts])
+        told["NEMO_ALIGN_SRUN_OPTIONS"] = (
+            f"--container-image={cluster.container_image} --container-mounts={mounts} --container-workdir={here}"
+        )
+    return {name: os.environ.get(name, value) for name, value in told.items()}
+
+
+def _site_options(cluster: ClusterConfig) -> list[str]:
+    values = (("partition", cluster.partition), ("account", cluster.account), ("qos", cluster.qos))
+    return [f"--{name}={value}" for name, value in values if value is not None]
+
+
+def submit(argv: list[str], cluster: ClusterConfig | None = None) -> str:
     """Run an sbatch command; returns the job id. Raises ValueError with what sbatch said if it refuses."""
-    # The job inherits our environment; its Python is ours, unless the site names another (one in a container).
-    environment = {"NEMO_ALIGN_PYTHON": sys.executable, **os.environ}
+    environment = {**os.environ, **variables(cluster or ClusterConfig())}  # the job inherits it
     try:
         done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -108,9 +110,45 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, environment: La
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=runtime.distributed_timeout_minutes,
     )
+    topology = _place(parallel, environment.rank, environment.world_size, data, device.device())
+    seeds.seed_everything(runtime.seed, topology)
+    return topology
+
+
+@contextmanager
+def pretended_rank(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterator[Topology]:
+    """Inside, this process is rank `rank` of a job of `world_size` processes that does not run: its groups are there
+    and communicate with nobody. Nothing else may have joined a job in this process; afterwards nothing has.
+
+    Raises:
+        ValueError: the grid does not fit the number of processes.
+    """
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    data = data_parallel_size(parallel, world_size)
+    assert not dist.is_initialized(), "this process is a rank of a real job"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            create_gloo_process_groups=False,
+        )
+        yield _place(parallel, rank, world_size, data, torch.device("cpu"))
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _place(parallel: ParallelConfig, rank: int, world_size: int, data: int, here: torch.device) -> Topology:
+    """The place of `rank` in Megatron-core's groups, which have just been made."""
+    from megatron.core import parallel_state
+
     topology = Topology(
-        world_size=environment.world_size,
-        rank=environment.rank,
+        world_size=world_size,
+        rank=rank,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
@@ -119,11 +157,10 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, environment: La
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
-        device=device.device(),
+        device=here,
     )
     column = topology.data_rank + data * topology.pipeline_rank
     assert topology.rank == topology.tensor_rank + parallel.tensor * column, "not the order of the picture above"
-    seeds.seed_everything(runtime.seed, topology)
     return topology
 
 

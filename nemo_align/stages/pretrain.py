@@ -16,6 +16,7 @@ from nemo_align.data.pretraining import (
     PretrainingSource,
     check_pretraining_files,
 )
+from nemo_align.data.step_plan import StepLayout
 from nemo_align.runtime.rank_order import rank_zero_first
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
@@ -31,20 +32,7 @@ def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> C
     """Pretrain, or continue pretraining."""
     session = open_session(config, topology, stop)
     batches = BatchSchedule(config.train, tokens_per_example=config.data.sequence_length)
-    layout = step_layout(
-        config.model,
-        config.parallel,
-        config.precision,
-        topology,
-        capacity=config.data.sequence_length,
-        packing=False,
-        micro_batch_size=config.train.micro_batch_size,
-    )
-    if layout.capacity != config.data.sequence_length:
-        raise ValueError(
-            f"data.sequence_length={config.data.sequence_length} is not a multiple of {layout.pad_to}, which "
-            f"parallel.sequence and precision.fp8 ask for: use {layout.capacity}"
-        )
+    layout = pretraining_layout(config, topology)
     phases, vocab_size = phases_with_samples(config, batches), session.tokenizer.vocab_size
     cache = cache_directory(session)
 
@@ -74,6 +62,25 @@ def run(config: PretrainStageConfig, topology: Topology, stop: StopRequest) -> C
         validation=validation,
     )
     return run_training(session, task, train.num_examples, batches=batches)
+
+
+def pretraining_layout(config: PretrainStageConfig, topology: Topology) -> StepLayout:
+    """How a batch is laid out. Raises ValueError for a sequence length that the layout or precision cannot have."""
+    layout = step_layout(
+        config.model,
+        config.parallel,
+        config.precision,
+        topology,
+        capacity=config.data.sequence_length,
+        packing=False,
+        micro_batch_size=config.train.micro_batch_size,
+    )
+    if layout.capacity != config.data.sequence_length:
+        raise ValueError(
+            f"data.sequence_length={config.data.sequence_length} is not a multiple of {layout.pad_to}, which "
+            f"parallel.sequence and precision.fp8 ask for: use {layout.capacity}"
+        )
+    return layout
 
 
 def phases_with_samples(config: PretrainStageConfig, batches: BatchSchedule) -> list[PretrainingPhase]:

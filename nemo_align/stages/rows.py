@@ -44,16 +44,21 @@ def row_source(
     """Exact batches over `rows` for this data-parallel rank."""
     config = session.config
     assert isinstance(config, TrainStageConfig)
-    longest = config.data.sequence_length * sequences_per_example
     return packed_source(
         session,
         rows,
         kind=kind,
-        capacity=(config.train.micro_batch_tokens or longest) if config.train.packing else longest,
+        capacity=row_capacity(config, sequences_per_example),
         packing=config.train.packing,
         micro_batch_size=config.train.micro_batch_size,
         extra_targets=extra_targets,
     )
+
+
+def row_capacity(config: TrainStageConfig, sequences_per_example: int) -> int:
+    """Tokens of a packed micro-batch; without packing, of the longest example."""
+    longest = config.data.sequence_length * sequences_per_example
+    return (config.train.micro_batch_tokens or longest) if config.train.packing else longest
 
 
 def packed_source(

@@ -22,7 +22,6 @@ from nemo_align.training.data_identity import changes, describe_data
 from nemo_align.training.forward import validate
 from nemo_align.training.forward_totals import ForwardTotals, Stopped
 from nemo_align.training.optimizer import (
-    ScheduleLength,
     apply_gradients,
     build_optimizer,
     gradient_norm,
@@ -31,6 +30,7 @@ from nemo_align.training.optimizer import (
 )
 from nemo_align.training.result import read_result
 from nemo_align.training.saving import Saving
+from nemo_align.training.schedule_length import num_steps, schedule_length
 from nemo_align.training.schedule_step import StepOutcome, run_step
 from nemo_align.training.session import Session
 from nemo_align.training.state import TrainState
@@ -53,12 +53,14 @@ class Trainer:
         self.task = task
         self.batches = batches
         self.num_examples = num_examples
-        self.num_steps = batches.steps_for(num_examples)
-        if config.train.max_steps is not None:
-            self.num_steps = min(self.num_steps, config.train.max_steps)
+        self.num_steps = num_steps(config.train, batches, num_examples)
         self.model_chunks = wrap_data_parallel(session.model_chunks, config.parallel, config.precision)
         self.optimizer, self.scheduler = build_optimizer(
-            self.model_chunks, config.optimizer, config.parallel, config.precision, self._schedule_length()
+            self.model_chunks,
+            config.optimizer,
+            config.parallel,
+            config.precision,
+            schedule_length(config.optimizer, batches, num_examples),
         )
         self.state = TrainState(
             data_fingerprint=task.train.fingerprint,
@@ -240,25 +242,3 @@ class Trainer:
         assert self.session.initial is not None and self.session.initial.kind == "megatron"
         load_training(self.session.initial.path, self.model_chunks, self.optimizer, None, self.topology)
         logger.info("optimizer state carried over from %s", self.session.initial.path)
-
-    def _schedule_length(self) -> ScheduleLength:
-        optimizer = self.config.optimizer
-        steps = self.batches.steps_for(self.num_examples)
-        if optimizer.warmup_steps >= steps:
-            raise ValueError(
-                f"optimizer.warmup_steps={optimizer.warmup_steps}, but the stage has {steps} steps: lower it"
-            )
-        warmup = self.batches.examples_after(optimizer.warmup_steps)
-        if optimizer.schedule == "wsd":
-            assert optimizer.decay_steps is not None, "validated"
-            if optimizer.warmup_steps + optimizer.decay_steps > steps:
-                raise ValueError(
-                    f"optimizer.warmup_steps={optimizer.warmup_steps} and decay_steps={optimizer.decay_steps} do not "
-                    f"fit the stage's {steps} steps: lower one"
-                )
-            # The decay ends with the stage; its length is that of the stage's last batches.
-            begin = self.batches.examples_after(steps - optimizer.decay_steps)
-            return ScheduleLength(warmup=warmup, decay=self.num_examples, wsd_decay=self.num_examples - begin)
-        if optimizer.decay_steps is not None:
-            return ScheduleLength(warmup=warmup, decay=self.batches.examples_after(optimizer.decay_steps))
-        return ScheduleLength(warmup=warmup, decay=self.num_examples)

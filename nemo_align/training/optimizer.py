@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -16,18 +14,10 @@ from megatron.core.utils import get_model_config
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 from nemo_align.config.training import OptimizerConfig
 from nemo_align.runtime.device import use_gpu
+from nemo_align.training.schedule_length import ScheduleLength
 
 # Our names of schedules and Megatron-core's.
 DECAY_STYLES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
-
-
-@dataclass(frozen=True)
-class ScheduleLength:
-    """Length of the learning-rate schedule, in examples, so that it does not depend on how a ramp cuts batches."""
-
-    warmup: int
-    decay: int  # from the first example to the end of the decay
-    wsd_decay: int | None = None  # length of the final decay of `wsd`
 
 
 def wrap_data_parallel(

@@ -57,6 +57,17 @@ def resolve_initial(config: WorkerConfig, topology: Topology) -> CheckpointRefer
     return resolve(on_main(topology, lambda: str(resolve(init_from).path)))
 
 
+def tokenizer_of(config: WorkerConfig) -> Tokenizer:
+    """The run's tokenizer. Raises ValueError if it has more tokens than the model has embeddings."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {config.model.name}"
+            f" embeds {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or take its own tokenizer"
+        )
+    return tokenizer
+
+
 def open_session(
     config: WorkerConfig,
     topology: Topology,
@@ -73,12 +84,7 @@ def open_session(
     stop.leave_if_agreed(topology)
     watchdog.beat("reading what checkpoint.init_from names")
     initial = resolve_initial(config, topology)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {config.model.name}"
-            f" embeds {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or take its own tokenizer"
-        )
+    tokenizer = tokenizer_of(config)
     watchdog.beat("building the model")
     chunks = build_model(config.model, config.parallel, config.precision, topology, reward_head=reward)
     watchdog.beat("loading the initial weights")

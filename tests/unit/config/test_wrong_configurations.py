@@ -51,6 +51,17 @@ WRONG = [
     ("sft", ["rows.jsonl"], "'rows.jsonl' is not key=value"),
     ("sft", ["optimizer.lr=1e-4,1e-5"], "add --multirun"),
     ("sft", ["run_dir=a=b"], "cannot read 'run_dir=a=b'"),
+    # dry runs and clusters
+    ("sft", ["dry_run_world_size=0"], "dry_run_world_size is 0, but must be at least 1"),
+    ("sft", ["dry_run_ranks=[-1]"], "dry_run_ranks is [-1], but must name ranks of the job, from 0 on"),
+    ("sft", ["dry_run=maybe"], "dry_run is 'maybe', but must be true or false"),
+    ("pipeline", ["cluster.container_mounts=['/a:/b']"], "cluster.container_mounts has no effect without"),
+    (
+        "pipeline",
+        ["cluster.container_image=a.sqsh", "cluster.container_mounts=['/a']"],
+        "cluster.container_mounts[0] is '/a', but must be source:target",
+    ),
+    ("pipeline", ["cluster.python='/my python'"], "cluster.python is '/my python', but must be a name without spaces"),
     # types
     ("sft", ["optimizer.lr=fast"], "optimizer.lr is 'fast', but must be a number (command line: optimizer.lr=fast)"),
     ("sft", ["parallel.tensor=1.5"], "parallel.tensor is 1.5, but must be a whole number"),

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,28 @@ def test_the_first_job_waits_for_nothing_and_a_cluster_without_gpus_is_asked_for
     assert not any(option.startswith(("--dependency", "--kill-on", "--partition")) for option in argv)
     assert "--gpus-per-node=0" in argv  # over the script's own line
     assert {"--nodes=2", "--ntasks-per-node=2"} <= set(argv)
+
+
+def test_a_container_reaches_the_job_through_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEMO_ALIGN_PYTHON", raising=False)
+    monkeypatch.delenv("NEMO_ALIGN_SRUN_OPTIONS", raising=False)
+    _commands(tmp_path, monkeypatch, 'echo "$NEMO_ALIGN_PYTHON|$NEMO_ALIGN_SRUN_OPTIONS"')
+    assert slurm.submit(["sbatch"]).startswith(f"{sys.executable}|")  # bare: this Python, no options
+    bare = ClusterConfig(kind="slurm", python="/shared/venv/bin/python")
+    assert slurm.submit(["sbatch"], bare) == "/shared/venv/bin/python|"
+    inside = ClusterConfig(kind="slurm", container_image="/images/a.sqsh", container_mounts=["/data:/data:ro"])
+    mounts = f"--container-mounts={tmp_path}:{tmp_path},/data:/data:ro --container-workdir={tmp_path}"
+    assert slurm.submit(["sbatch"], inside) == f"python|--container-image=/images/a.sqsh {mounts}"
+    monkeypatch.setenv("NEMO_ALIGN_PYTHON", "/opt/python")  # what is set already wins
+    assert slurm.submit(["sbatch"], inside).startswith("/opt/python|")
+
+
+def test_a_site_has_its_options(tmp_path):
+    cluster = ClusterConfig(kind="slurm", partition="batch", account="me", qos="high")
+    site = {"--partition=batch", "--account=me", "--qos=high"}
+    assert site <= set(slurm.submission(stage(tmp_path), ParallelConfig(), cluster, pipeline="r", after=[]))
+    assert site <= set(slurm.summary_submission(tmp_path, cluster, pipeline="r", after=["1"]))
 
 
 @pytest.mark.parametrize(

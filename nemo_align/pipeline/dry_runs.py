@@ -1,0 +1,43 @@
+"""Dry runs of the stages of a chain, in one process of their own: this one has no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_align.config.build import missing_keys
+from nemo_align.config.compose import ConfigError, to_yaml
+from nemo_align.config.pipeline import ClusterConfig
+from nemo_align.pipeline.chain import Stage
+from nemo_align.pipeline.slurm import num_nodes
+
+
+def run(run_dir: Path, stages: list[Stage], configs: Mapping[str, Any], cluster: ClusterConfig) -> int:
+    """Print what each stage would do; returns 0, or USER_ERROR if any would be refused.
+
+    Raises:
+        ConfigError: a stage whose model nobody knows yet.
+    """
+    if not stages:
+        return 0
+    unknown = [stage.name for stage in stages if missing_keys(configs[stage.name])]
+    if unknown:
+        raise ConfigError(
+            f"the model of stage {unknown[0]} is that of a checkpoint that is not on this machine: name it for the dry "
+            f"run, 'stages.{unknown[0]}.overrides=[model=<name>]'"
+        )
+    with tempfile.TemporaryDirectory(prefix="nemo_align_dry_run_") as folder:
+        arguments = [str(run_dir)]
+        for stage in stages:
+            if cluster.kind == "slurm":
+                nodes, tasks = num_nodes(cluster, configs[stage.name].parallel)
+                configs[stage.name].dry_run_world_size = nodes * tasks
+            path = Path(folder) / f"{stage.name}.yaml"
+            path.write_text(to_yaml(configs[stage.name]), encoding="utf-8")
+            arguments += [stage.verb, str(path)]
+        sys.stdout.flush()
+        return subprocess.run([sys.executable, "-m", "nemo_align.dry_run", *arguments], check=False).returncode
