@@ -30,6 +30,7 @@ def start(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.full
 def test_stages_are_dry_run_one_after_another(tmp_path: Path, stage_inputs: StageInputs) -> None:
     done = start(chain(stage_inputs), tmp_path)
     assert done.returncode == 0, done.stderr

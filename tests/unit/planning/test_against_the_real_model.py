@@ -21,6 +21,8 @@ from nemo_align.planning.activations import chunk_bytes, layer_bytes
 from nemo_align.planning.job import Job, StepWork
 from nemo_align.planning.memory import memory_plan
 
+pytestmark = pytest.mark.full
+
 TOKENS = 256
 SMALL = {"hidden_size": 128, "ffn_hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 2, "vocab_size": 512}
 WIDE = {**SMALL, "hidden_size": 512, "ffn_hidden_size": 2048, "vocab_size": 8192}
