@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_align.checkpoint.conversion import job, plan
 from nemo_align.checkpoint.conversion.job import Settings
-from nemo_align.checkpoint.conversion.model import Model
+from nemo_align.checkpoint.conversion.model import Model, tokens_beyond
 from nemo_align.checkpoint.conversion.open_huggingface import open_huggingface
 from nemo_align.checkpoint.conversion.open_megatron import open_megatron
 from nemo_align.checkpoint.conversion.progress import progress_of
@@ -46,7 +46,7 @@ def convert(config: ConvertConfig) -> Path | None:
     if config.plan:
         plan.show(target, model, config)
         return None
-    for note in model.notes:
+    for note in model.notes + tokens_beyond(model):
         logger.warning("%s", note)
     if config.verify == "logits":
         from nemo_align.checkpoint.conversion.logits import check_memory, compare_logits

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_align.checkpoint import checksums, store
 from nemo_align.checkpoint.conversion.convert import detect, open_source
-from nemo_align.checkpoint.conversion.model import DTYPE_NAMES, Model, tokenizer_folder
+from nemo_align.checkpoint.conversion.model import DTYPE_NAMES, Model, tokenizer_folder, tokens_beyond
 from nemo_align.checkpoint.streaming.tensors import num_bytes
 from nemo_align.config.conversion import InspectConfig
 from nemo_align.data.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ def inspect(config: InspectConfig) -> None:
     width = max(map(len, lines))
     for name, value in lines.items():
         print(f"{name:<{width}}  {value}")
-    for note in model.notes:
+    for note in model.notes + tokens_beyond(model):
         print(f"note: {note}")
     if config.tensors:
         print()
@@ -65,6 +65,8 @@ def _describe(model: Model) -> Iterator[tuple[str, str]]:
     yield "tokenizer", _tokenizer(model)
     if model.kind == "megatron":
         yield from _of_a_run(model)
+    elif model.verb != "convert":
+        yield "stage", f"{model.verb}, step {model.step}" if model.step else model.verb
 
 
 def _tokenizer(model: Model) -> str:

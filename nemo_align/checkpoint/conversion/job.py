@@ -108,6 +108,9 @@ def carry_out(models: list[Model], target: Target, path: Path, settings: Setting
         place.publish(overwrite=settings.overwrite)
     except OSError as error:
         raise transfer.cannot_go_on(error, place.folder) from None
+    except (KeyboardInterrupt, ValueError):
+        place.tell_what_stays()
+        raise
     finally:
         place.close()
     return True

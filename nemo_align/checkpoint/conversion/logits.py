@@ -42,13 +42,21 @@ def compare_logits(source: Model, made: Model) -> float:
     ours = _megatron(by_kind.get("megatron"), source, made.dtype, ids)
     if source.reward is not None:
         ours = ours[:, -1]  # transformers reads the scores at the last token alone
-    scale = max(1.0, float(theirs.abs().max()))
-    difference = float((ours - theirs).abs().max()) / scale
     what = "scores" if source.reward is not None else "logits"
-    if not difference <= BOUND:  # not so for nan
-        raise ValueError(f"{what} of {made.path} differ from those of {source.path} by {difference:.2e} of {scale:.3g}")
-    logger.info("%s agree: largest difference %.1e of %.3g, over %d tokens", what, difference, scale, _TOKENS)
-    return difference
+    if not (theirs.isfinite().all() and ours.isfinite().all()):
+        raise ValueError(f"the {what} of {source.path} are not finite: its weights hold NaN or Inf, or overflow")
+    largest = float(theirs.abs().max())
+    difference = float((ours - theirs).abs().max())
+    relative = difference / max(1.0, largest)
+    if relative > BOUND:
+        raise ValueError(
+            f"{what} of {made.path} differ from those of {source.path} by {difference:.2e}, where the largest is "
+            f"{largest:.3g}: remove it and convert again"
+        )
+    logger.info(
+        "%s agree: they differ by %.1e at most, the largest is %.3g, %d tokens", what, difference, largest, _TOKENS
+    )
+    return relative
 
 
 def check_memory(model: Model) -> None:

@@ -56,6 +56,7 @@ def merge(config: MergeConfig) -> Path:
         key: WeightedSum([model.tensors[key] for model in models], parts[key]) for key in models[0].tensors
     }
     described["sources"] = [model.identity for model in models]
+    described["paths"] = [str(model.path) for model in models]
     merged = replace(
         models[0],
         kind="merge",

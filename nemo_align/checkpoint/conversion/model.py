@@ -17,7 +17,7 @@ from nemo_align.checkpoint.streaming.locations import Extent
 from nemo_align.checkpoint.streaming.tensors import RowSource
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.validation_model import check_model
-from nemo_align.data.tokenizer import SENTENCEPIECE_FILE
+from nemo_align.data.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float16: "fp16"}
@@ -117,6 +117,16 @@ def tokenizer_folder(model: Model) -> Iterator[Path | None]:
     with TemporaryDirectory(prefix="nemo_align-tokenizer-") as folder:
         (Path(folder) / SENTENCEPIECE_FILE).write_bytes(model.tokenizer.read())
         yield Path(folder)
+
+
+def tokens_beyond(model: Model) -> list[str]:
+    """A note if the tokenizer has tokens without an embedding: a text with one of them cannot be computed."""
+    with tokenizer_folder(model) as folder:
+        count = 0 if folder is None else load_tokenizer(folder).vocab_size
+    rows = model.config.vocab_size
+    if count <= rows:
+        return []
+    return [f"{model.path}: the tokenizer has {count:,} tokens and the model {rows:,}: those beyond have no embedding"]
 
 
 def files_identity(extents: dict[str, Extent]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from nemo_align.checkpoint.conversion.model import Model
 from nemo_align.checkpoint.huggingface.whole_text import REMEDY
-from nemo_align.config.model import ModelConfig
 from nemo_align.data.tokenizer import Tokenizer
-from nemo_align.model.counts import count_parameters, head_dim
+from nemo_align.model.counts import head_dim
 
 STAGES = {  # the verbs that a checkpoint may come of
     "pretrain": "pretraining (next token)",
@@ -36,7 +36,7 @@ def model_card(model: Model, tokenizer: Tokenizer | None, *, dtype: str, joins_a
     ]
     lines += ["", f"# {config.name}", "", f"Stage: {STAGES.get(model.verb, model.verb)}, "]
     lines[-1] += f"step {model.step}. Written by nemo_align."
-    lines += ["", "## Model", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _sizes(config))]
+    lines += ["", "## Model", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _sizes(model))]
     lines += [f"| number format | {dtype} |"]
     if tokenizer is not None:
         lines += [f"| tokenizer | {tokenizer.vocab_size:,} tokens |"]
@@ -47,14 +47,17 @@ def model_card(model: Model, tokenizer: Tokenizer | None, *, dtype: str, joins_a
             f"in training they stood apart. {REMEDY}.",
             "",
         ]
+    if model.merged is not None:
+        lines += _merge_text(model.merged)
     if model.run_dir is not None:
         lines += _run_text(model, model.run_dir)
     return "\n".join(lines) + "\n"
 
 
-def _sizes(model: ModelConfig) -> list[tuple[str, str]]:
+def _sizes(opened: Model) -> list[tuple[str, str]]:
+    model = opened.config
     return [
-        ("parameters", f"{count_parameters(model).total:,}"),
+        ("parameters", f"{sum(math.prod(tensor.shape) for tensor in opened.tensors.values()):,}"),
         ("layers", str(model.num_layers)),
         ("hidden size", str(model.hidden_size)),
         ("feed-forward size", str(model.ffn_hidden_size)),
@@ -70,7 +73,10 @@ def _sizes(model: ModelConfig) -> list[tuple[str, str]]:
 def _policy_text(tokenizer: Tokenizer | None) -> list[str]:
     if tokenizer is None:
         return []
-    return ["The chat template is in `chat_template.jinja`; a turn ends with `<extra_id_1>`. No BOS is added.", ""]
+    return [
+        "The chat template is in `chat_template.jinja`; a turn ends with `<extra_id_1>`. In training no BOS is added.",
+        "",
+    ]
 
 
 def _reward_text(reward: dict) -> list[str]:
@@ -83,13 +89,19 @@ def _reward_text(reward: dict) -> list[str]:
     weights = reward["weights"] or {}
     lines += ["| attribute | weight in the scalar reward |", "|---|---|"]
     lines += [f"| {name} | {weights.get(name, '')} |" for name in reward["attributes"]]
-    lines += [
-        "",
-        "Load it in float32 for the exact scores. `score` has no bias: the trained one stands in the final norm's, and "
-        "`reward_head.safetensors` keeps the head as trained.",
-        "",
-    ]
+    folded = (
+        " `score` has no bias: the trained one stands in the final norm's, and `reward_head.safetensors` keeps the "
+        "head as trained."
+    )
+    lines += ["", "Load it in float32 for the exact scores." + (folded if reward["head_bias"] else ""), ""]
     return lines
+
+
+def _merge_text(merged: dict) -> list[str]:
+    how = f"slerp at {merged['t']:g}" if merged["method"] == "slerp" else merged["method"]
+    weights = [f", weight {weight:.6g}" for weight in merged.get("weights", [])] or [""] * len(merged["paths"])
+    sources = [f"- `{path}`{weight}" for path, weight in zip(merged["paths"], weights, strict=True)]
+    return ["## Merged", "", f"Made by `nemo-align merge` ({how}) of:", "", *sources, ""]
 
 
 def _run_text(model: Model, run_dir: Path) -> list[str]:
@@ -99,16 +111,20 @@ def _run_text(model: Model, run_dir: Path) -> list[str]:
         lines += ["## Training", "", "| | |", "|---|---|"]
         names = {"experiment": "experiment", "steps": "steps", "examples": "examples", "tokens": "tokens"}
         names |= {"train_seconds": "training seconds", "mfu": "MFU (real tokens)", "peak_source": "MFU peak from"}
-        lines += [f"| {label} | {result[key]} |" for key, label in names.items() if result.get(key) is not None]
+        lines += [f"| {label} | {_shown(result[key])} |" for key, label in names.items() if result.get(key) is not None]
         for when in ("first", "last"):
             for name, value in (result.get(when) or {}).items():
-                lines.append(f"| {name} ({when}) | {value} |")
+                lines.append(f"| {name} ({when}) | {_shown(value)} |")
         lines.append("")
     if (path := run_dir / "config.yaml").is_file():
         config = path.read_text(encoding="utf-8").rstrip()
         lines += ["<details><summary>Configuration of the run: data and hyper-parameters</summary>", ""]
         lines += ["```yaml", config, "```", "", "</details>", ""]
     return lines
+
+
+def _shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _result(run_dir: Path) -> dict:

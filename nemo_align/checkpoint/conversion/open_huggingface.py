@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_align.checkpoint.conversion.model import Model, files_identity
+from nemo_align.checkpoint.conversion.not_carried import not_carried
 from nemo_align.checkpoint.conversion.origin import GENERATION_CONFIG, made_by
 from nemo_align.checkpoint.conversion.record import RECORD_FILE, read_record
 from nemo_align.checkpoint.huggingface import reward_head
@@ -56,7 +57,7 @@ def open_huggingface(path: Path | str, *, verify: bool = True) -> Model:
         verb=verb,
         step=step,
         files=record["files"] if verify and record is not None else {},
-        notes=[] if has_tokenizer else _lost_ids(folder),
+        notes=not_carried(folder) if has_tokenizer else _lost_ids(folder),
     )
 
 

@@ -71,6 +71,16 @@ class Workplace:
         self.close()
         shutil.rmtree(self._room, ignore_errors=True)
 
+    def tell_what_stays(self) -> None:
+        """Say where the parts are that are done, if any are."""
+        if self.journal.done:
+            logger.warning(
+                "%d parts are done and stay in %s: the same command goes on there, unless the source changes. Remove "
+                "it if you do not want that",
+                len(self.journal.done),
+                self._room,
+            )
+
     def close(self) -> None:
         """Leave; what is done stays, and where nothing is, nothing does."""
         if not self.journal.done and self.folder.is_dir() and not any(self.folder.iterdir()):
