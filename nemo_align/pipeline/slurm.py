@@ -16,7 +16,6 @@ from nemo_align.pipeline.chain import Stage
 from nemo_align.runtime import signal_lead
 
 TRAIN_SCRIPT = "train.sbatch"
-_QUEUED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SUSPENDED")
 
 
 def script(name: str) -> Path:
@@ -123,10 +122,11 @@ def submit(argv: list[str], cluster: ClusterConfig | None = None) -> str:
 
 def queued(job_id: str) -> bool:
     """Whether SLURM still has the job to run or running."""
+    # Of its own accord squeue lists only jobs that have not ended; one that it has forgotten is an error.
     done = subprocess.run(
         ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"], capture_output=True, text=True, check=False
     )
-    return done.returncode == 0 and any(state in _QUEUED for state in done.stdout.split())
+    return done.returncode == 0 and bool(done.stdout.strip())
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,9 @@ from nemo_align.pipeline.manifest import Manifest, StageRecord
 from nemo_align.runtime import exit_codes, starts
 from nemo_align.training.result import read_result
 
-_STATUS = {
-    "PENDING": "pending",
-    "REQUEUED": "pending",
-    "REQUEUE_HOLD": "pending",
-    "SPECIAL_EXIT": "pending",
-    "CONFIGURING": "running",
-    "RUNNING": "running",
-    "COMPLETING": "running",
-    "SUSPENDED": "running",
-    "STOPPED": "running",
-    "CANCELLED": "cancelled",
-}  # every other state is an end that SLURM counts as a failure: FAILED, TIMEOUT, NODE_FAIL, OUT_OF_MEMORY ...
+_PENDING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+_RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
+# CANCELLED is an end of its own; every other state is one that SLURM counts as a failure: TIMEOUT, NODE_FAIL ...
 
 
 @dataclass(frozen=True)
@@ -67,11 +58,12 @@ def _take_over_job(record: StageRecord) -> None:
     job = _ask_controller(record.job_id) or _ask_accounting(record.job_id)
     own = [start for start in starts.read(record.run_dir) if start.job_id == record.job_id]
     end = own[-1] if own and own[-1].end_time is not None else None
-    if job is not None and _STATUS.get(job.state) in ("pending", "running"):
-        record.status, record.exit_code, record.reason = _STATUS[job.state], None, None
+    if job is not None and job.state in _PENDING + _RUNNING:
+        record.status = "pending" if job.state in _PENDING else "running"
+        record.exit_code, record.reason = None, None
         return
     record.exit_code = end.code if end else job.code if job else None
-    if job is not None and _STATUS.get(job.state) == "cancelled":
+    if job is not None and job.state == "CANCELLED":
         record.status = "cancelled"
         dependency = "Dependency" in (job.reason or "")
         record.reason = "a stage that it reads did not end well" if dependency and not own else "cancelled in SLURM"

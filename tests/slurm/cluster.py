@@ -24,6 +24,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 # Names that are addresses, of this machine, so that the ranks find rank 0 by the node list as on a real cluster.
 NODES = ("127.0.0.1", "127.0.0.2")
 CPUS = 8  # of a node, as SLURM is told; several tasks share the few cores that there are
+_ENDS = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 # What SLURM's commands and a job of somebody else's may have left in the environment of the tests.
@@ -103,8 +104,11 @@ class Cluster:
 
     def wait_for_end(self, *job_ids: str, seconds: float) -> list[str]:
         """The states in which the jobs end."""
-        last = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
-        self.wait(lambda: all(self.state(job_id) not in last for job_id in job_ids), f"jobs {job_ids}", seconds=seconds)
+
+        def all_ended() -> bool:
+            return all(self.state(job_id) in _ENDS for job_id in job_ids)
+
+        self.wait(all_ended, f"the end of jobs {', '.join(job_ids)}", seconds=seconds)
         return [self.state(job_id) for job_id in job_ids]
 
     def wait(self, condition: Callable[[], object], what: str, *, seconds: float = _START_SECONDS) -> None:
@@ -116,13 +120,14 @@ class Cluster:
             assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}: {self._log_tails()}"
             time.sleep(0.2)
 
-    def processes(self) -> list[int]:
+    def processes(self, *marks: str) -> list[int]:
         """Processes of this cluster: daemons, steps, and what jobs started. They have its slurm.conf in their
-        environment."""
-        mark, found = f"SLURM_CONF={self.folder}/".encode(), []
+        environment, and all of `marks`."""
+        wanted = {mark.encode() for mark in (f"SLURM_CONF={self.folder}/slurm.conf", *marks)}
+        found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):
-                if mark in path.read_bytes() and int(path.parent.name) != os.getpid():
+                if wanted <= set(path.read_bytes().split(b"\0")) and int(path.parent.name) != os.getpid():
                     found.append(int(path.parent.name))
         return found
 

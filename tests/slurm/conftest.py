@@ -58,6 +58,16 @@ class Job:
     def wait_for_step(self, step: int, seconds: float = JOB_SECONDS) -> None:
         wait_for_step(self.cluster, self.run_dir, step, seconds)
 
+    def tasks(self) -> list[int]:
+        """Its ranks, by process number."""
+        return self.cluster.processes(f"SLURM_JOB_ID={self.id}", "SLURM_STEP_ID=0")
+
+    def set_time_limit(self, minutes_left: int) -> None:
+        """Change the limit of the job, which may be running."""
+        hours, minutes, _ = map(int, self.cluster.job(self.id)["RunTime"].split(":"))
+        limit = 60 * hours + minutes + 1 + minutes_left
+        self.cluster.run("scontrol", "update", f"JobId={self.id}", f"TimeLimit={limit}")
+
     def text(self) -> str:
         """What the batch script and the tasks wrote."""
         return self.output.read_text() if self.output.exists() else ""

@@ -1,5 +1,11 @@
 """slurm/train.sbatch on two nodes: the numbers of a run without SLURM, also over a time limit; what scancel means."""
 
+import os
+import re
+import signal
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 
 from nemo_align.runtime import exit_codes, starts
@@ -12,8 +18,8 @@ pytestmark = pytest.mark.full
 
 # Tensor and data parallel, so that one group lies within a node and the other across both; 4 tasks.
 LAYOUT = ["parallel.tensor=2", "parallel.data=2"]
-# A run that lasts over the signal of the time limit below on any machine.
-LONG = ["train.max_steps=700", "checkpoint.save_every=200", "train.log_every=1", "train.global_batch_size=32"]
+# Long enough to be met while it trains.
+LONG = ["train.max_steps=60", "checkpoint.save_every=200"]
 
 
 def sft(inputs, *extra: str) -> list[str]:
@@ -41,21 +47,46 @@ def test_two_nodes_give_the_numbers_of_one_machine(cluster, train, stage_inputs,
 def test_over_a_time_limit_a_run_ends_as_if_there_were_none(cluster, train, stage_inputs, tmp_path):
     """The limit comes while the run trains: it saves, SLURM queues the job again, and it goes on where it was."""
     arguments = sft(stage_inputs, *LONG)
-    # SLURM looks twice a minute, so the signal comes 10 to 40 s after the start.
-    job = train(*arguments, tasks=1, nodes=2, options=["--time=2", "--signal=TERM@80"])
+    job = train(*arguments, tasks=1, nodes=2, options=["--time=60", "--signal=TERM@180"])
+    job.wait_for_step(3)
+    # Frozen until the signal comes, so that the run may be short: SLURM looks at time limits twice a minute.
+    tasks = job.tasks()
+    assert len(tasks) == 2
+    for pid in tasks:
+        os.kill(pid, signal.SIGSTOP)
+    job.set_time_limit(minutes_left=3)
+
+    def queued_again() -> bool:
+        for pid in filter(has_sigterm, tasks):  # SLURM 22.05 wakes them itself
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        now = cluster.job(job.id)
+        return now["Restarts"] == "1" and now["JobState"] == "PENDING"
+
+    cluster.wait(queued_again, "the job to be queued again", seconds=120)
+    # Once is enough; and SLURM would let it wait for two minutes.
+    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60", "StartTime=now")
     assert job.wait() == "COMPLETED", job.text()
-    begun = starts.read(job.run_dir)
-    restarts = int(cluster.job(job.id)["Restarts"])
-    assert restarts >= 1 and [start.job_restarts for start in begun] == list(range(restarts + 1))
-    assert {start.job_id for start in begun} == {job.id}
-    assert [(start.code, start.reason) for start in begun[:-1]] == [
-        (exit_codes.STOPPED_AFTER_SAVING, "stopped by SIGTERM")
-    ] * restarts
-    assert "was told to stop and has saved" in job.text() and "back into the queue, after 0 restarts" in job.text()
+
+    first, second = starts.read(job.run_dir)
+    assert (first.code, first.reason) == (exit_codes.STOPPED_AFTER_SAVING, "stopped by SIGTERM")
+    assert (second.job_id, second.job_restarts, second.nodes) == (job.id, 1, "127.0.0.[1-2]")
+    why = rf"job {job.id} was told to stop and has saved, \S+ before its time limit: back into the queue, after 0 "
+    assert re.search(why, job.text())
     assert "resumed" in (job.run_dir / "log.txt").read_text()
     local = commands.run(*arguments, "parallel.data=2", "run_dir=local", cwd=tmp_path)
     assert local.returncode == 0, local.stderr
     assert_same(job.outcome(), outcome(tmp_path / "local"))
+
+
+def has_sigterm(pid: int) -> bool:
+    """Whether SIGTERM waits for a process that is stopped."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+    pending = int(re.search(r"^ShdPnd:\s*(\w+)$", status, re.MULTILINE)[1], 16)
+    return bool(pending >> (signal.SIGTERM - 1) & 1)
 
 
 def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, train, stage_inputs):
@@ -63,7 +94,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, train, stage_inp
     job.wait_for_step(2)
     cluster.run("scancel", job.id)
     assert job.wait() == "CANCELLED", job.text()
-    assert cluster.job(job.id)["Restarts"] == "0"
+    assert cluster.job(job.id)["Restarts"] == "0" and "back into the queue" not in job.text()
     (start,) = starts.read(job.run_dir)
     assert (start.code, start.reason) == (exit_codes.STOPPED_AFTER_SAVING, "stopped by SIGTERM")
     assert list((job.run_dir / "checkpoints").glob("step_*"))
