@@ -64,8 +64,7 @@ def test_over_a_time_limit_a_run_ends_as_if_there_were_none(cluster, train, stag
         return now["Restarts"] == "1" and now["JobState"] == "PENDING"
 
     cluster.wait(queued_again, "the job to be queued again", seconds=120)
-    # Once is enough; and SLURM would let it wait for two minutes.
-    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60", "StartTime=now")
+    cluster.start_soon(job.id, "TimeLimit=60")  # once is enough
     assert job.wait() == "COMPLETED", job.text()
 
     first, second = starts.read(job.run_dir)
