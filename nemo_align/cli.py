@@ -89,6 +89,10 @@ def _main(arguments: list[str]) -> int:
 
         print(verb_help(verb), flush=True)
         return SUCCESS
+    if verb == "doctor" and (options.multirun or options.info is not None or options.cfg is not None):
+        raise ValueError(
+            "doctor has no configuration of its own: ask the verb of the stage (`nemo-align sft --cfg job`)"
+        )
     if options.info is not None or options.cfg in ("hydra", "all"):
         from nemo_align.config import hydra_main
 
@@ -109,6 +113,10 @@ def run(verb: str, overrides: list[str]) -> int:
     from nemo_align.config.compose import compose
 
     environment = _launched_by()
+    if verb == "doctor":
+        if environment is not None:
+            _accept_signals()  # there is nothing to save
+        return importlib.import_module("nemo_align.preflight.doctor").main(overrides, environment)
     config = compose(verb, overrides)
     if verb == "pipeline":
         return importlib.import_module("nemo_align.pipeline.run").main(config, overrides)

@@ -98,13 +98,13 @@ def _run(
     watchdog.start(config.run_dir, environment.rank, environment.world_size, hang_seconds)
     watchdog.beat("importing torch")
 
+    from nemo_align.preflight.start import check_job
     from nemo_align.runtime import device, topology
-    from nemo_align.runtime.agreement import gather
 
     device.install()
     watchdog.beat("meeting the other ranks")
     grid = topology.initialize(config.parallel, config.runtime, environment)
-    places = gather(watchdog.place())
+    places = check_job(config, environment)
     watchdog.beat("importing the stage")
     stage = importlib.import_module(f"nemo_align.stages.{verb}")
     watchdog.know(places)

@@ -14,6 +14,7 @@ VERB_LINES = {
     "preference": "DPO, IPO and reward-aware RPO on pairs of responses",
     "score": "write a reward model's rewards into files of rows",
     "pipeline": "the whole chain, each stage starting from the checkpoint of an earlier one",
+    "doctor": "versions, GPUs, disk, files and links of the machines, before a job: what is wrong, with its remedy",
     "convert": "checkpoints from and to Hugging Face, and from the published .nemo, in bounded memory",
     "merge": "average checkpoints of one architecture: weighted sums or spherical interpolation",
     "inspect": "what a checkpoint is: format, architecture, parameters, stage, integrity",
@@ -45,6 +46,11 @@ _EXAMPLES = {
     "pipeline": (
         "nemo-align pipeline +experiment=quickstart/recipe",
         "nemo-align pipeline +experiment=quickstart/recipe cluster=slurm cluster.partition=batch",
+    ),
+    "doctor": (
+        "nemo-align doctor",
+        "nemo-align doctor +experiment=quickstart/pretrain parallel.data=2",
+        "sbatch --nodes=24 slurm/train.sbatch doctor +experiment=nemotron4_340b/code_sft",
     ),
     "convert": (
         "nemo-align convert from=megatron to=hf source=runs/rpo_3 target=exported/rpo_3",
@@ -97,6 +103,8 @@ def verb_help(verb: str) -> str:
     """`nemo-align <verb> --help`: examples, options, experiments, groups with their choices, every key."""
     from nemo_align.config import schema
 
+    if verb == "doctor":
+        return _doctor_help()
     root = schema.VERBS[verb]
     has_runs = "experiment" in schema.fields(root)  # convert has neither experiments nor groups, and nothing to sweep
     choosing = "[+experiment=<recipe>/<stage>] [group=choice] [key=value]" if has_runs else "key=value"
@@ -123,6 +131,21 @@ def verb_help(verb: str) -> str:
         parts.append("Groups:\n" + "\n".join(blocks))
     parts.append("Keys (no + needed; <name> is a name of your choice):\n" + "\n".join(_key_lines(verb)))
     return "\n\n".join(parts)
+
+
+def _doctor_help() -> str:
+    examples = "\n".join(f"  {example}" for example in _EXAMPLES["doctor"])
+    return f"""Usage: nemo-align doctor [+experiment=<recipe>/<stage>] [group=choice] [key=value] ...
+
+{VERB_LINES["doctor"][0].upper()}{VERB_LINES["doctor"][1:]}.
+
+Examples:
+{examples}
+
+Keys: verb=pretrain|sft|reward|preference|score where no experiment says it; every other key, group and experiment is
+one of that verb (`nemo-align sft --help`). Without any, only the machine is looked at. On the ranks of a job (srun,
+torchrun, or one worker per GPU of this machine) every group of the layout is timed. Ends with 0, or with 2 if something
+is wrong."""
 
 
 def _key_lines(verb: str) -> list[str]:

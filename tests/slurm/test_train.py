@@ -116,3 +116,16 @@ def test_a_mistake_ends_the_job_with_its_code(cluster, train, stage_inputs):
     assert job.wait() == "FAILED"
     assert cluster.job(job.id)["ExitCode"] == f"{exit_codes.USER_ERROR}:0"
     assert "unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?" in job.text()
+
+
+def test_the_doctor_on_the_nodes_of_a_job(train, stage_inputs):
+    arguments = ["verb=sft", *MODEL, *stage_overrides(stage_inputs, "sft"), *LAYOUT]
+    job = train("doctor", *arguments, tasks=2)
+    state = job.wait()
+    said = job.text()
+    assert re.search(r"disk +2 nodes see the same files", said), said
+    assert re.search(r"links +data: 2 groups, all-reduce .* on 127\.0\.0\.1, 127\.0\.0\.2\)", said), said
+    # The two nodes share this machine's cores, so one may look slow; nothing else may be wrong.
+    wrong = [line for line in said.splitlines() if re.match(r"\d+: failed", line)]
+    assert all(" is slow: " in line for line in wrong), said
+    assert state == ("FAILED" if wrong else "COMPLETED")
