@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # ConfigError too
         if not raised_by_this_package(error):
             raise
-        _let_rank_0_speak()
-        _print_error(error)
+        _print_error(error, _after_rank_0())
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -259,18 +258,21 @@ def _accept_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _let_rank_0_speak() -> None:
+def _after_rank_0() -> str:
     """All ranks of a job usually meet the same mistake, and thousands of messages hide it. Rank 0 says it at once and
-    ends; the launcher then ends the others, unless theirs is another mistake and they live to say it."""
+    ends; the launcher then ends the others, unless theirs is another mistake and they live to say it: with this prefix,
+    since it may be one of their node (data that is not there)."""
     from nemo_align.runtime import launch_environment
 
     try:
         environment = launch_environment.detect()
     except ValueError:  # the launcher's variables are the mistake
-        return
-    if environment is not None and environment.rank > 0:
-        _accept_signals()
-        time.sleep(_RANK_0_FIRST_SECONDS)
+        return ""
+    if environment is None or environment.rank == 0:
+        return ""
+    _accept_signals()
+    time.sleep(_RANK_0_FIRST_SECONDS)
+    return f"rank {environment.rank} on {launch_environment.node_name()}: "
 
 
 def _dry_run(verb: str, config: Any, environment: LaunchEnvironment | None) -> int:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int
             return local_launch.launch(argv, workers, logs)
     found, driver = versions.installed(), versions.driver()
     here = node.Node(
-        name=node.name(),
+        name=launch_environment.node_name(),
         versions=found,
         gpus=gpus,
         ranks=1,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nemo_align.config.stages import WorkerConfig
 from nemo_align.config.validation_data import check_data
@@ -27,11 +24,6 @@ class Node:
     missing: list[str] = field(default_factory=list)  # what the configuration names and the node does not have
 
 
-def name(variables: Mapping[str, str] = os.environ) -> str:
-    """Of this node, as SLURM calls it, which is what its commands want to hear; else the host's name."""
-    return variables.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def missing_files(config: WorkerConfig) -> list[str]:
     """Files of the configuration that this node does not have, each as the check of the configuration says it."""
     known = set(check_data(config, check_files=False))
@@ -42,14 +34,17 @@ def missing_files(config: WorkerConfig) -> list[str]:
     return missing
 
 
-def check_nodes(nodes: list[Node]) -> Iterator[Check]:
-    """The ranks' views against each other."""
+def check_nodes(nodes: list[Node], *, only_differences: bool = False) -> Iterator[Check]:
+    """The ranks' views against each other. `only_differences`: not of files that no node has, which the configuration's
+    own check has named."""
     yield from _same_versions(nodes)
     yield _enough_gpus(nodes)
     lacking = {node.name: node.missing for node in nodes if node.missing}
     everywhere = len({node.name for node in nodes})
     for problem in dict.fromkeys(problem for missing in lacking.values() for problem in missing):
         where = [name for name, missing in lacking.items() if problem in missing]
+        if len(where) == everywhere and only_differences:
+            continue
         on = "" if len(where) == everywhere else f" (on {_named(where)})"
         remedy = "put it there, or name a folder that all nodes see: data.root=<folder>"
         yield Check(name="files", status=FAILED, text=f"{problem}{on}", remedy=remedy)
@@ -89,10 +84,10 @@ def _enough_gpus(nodes: list[Node]) -> Check:
             remedy=f"leave it out (sbatch --exclude={','.join(list(short)[:_MOST_NAMED])}); nvidia-smi there says what "
             "became of the GPU",
         )
-    return Check(name="GPUs", status=OK, text=f"{max(seen)} per rank's node, {nodes[0].ranks} ranks on each")
+    return Check(name="GPUs", status=OK, text=f"{max(seen)} seen by each rank, {nodes[0].ranks} ranks on a node")
 
 
 def _named(names: list[str]) -> str:
-    unique: list[Any] = list(dict.fromkeys(names))
+    unique = list(dict.fromkeys(names))
     more = f" and {len(unique) - _MOST_NAMED} more" if len(unique) > _MOST_NAMED else ""
     return ", ".join(unique[:_MOST_NAMED]) + more

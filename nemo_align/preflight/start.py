@@ -10,7 +10,7 @@ import torch
 from nemo_align.config.stages import WorkerConfig
 from nemo_align.preflight import disk, node, versions
 from nemo_align.preflight.checks import FAILED
-from nemo_align.runtime import device, watchdog
+from nemo_align.runtime import device, launch_environment, watchdog
 from nemo_align.runtime.agreement import gather
 from nemo_align.runtime.launch_environment import LaunchEnvironment
 from nemo_align.runtime.logs import LOGGER_NAME
@@ -22,11 +22,11 @@ def check_job(config: WorkerConfig, environment: LaunchEnvironment) -> list[str]
     """Compare all nodes and look at files and room, once the ranks have met; returns where each rank runs.
 
     Raises:
-        ValueError: on all ranks alike: nodes of different versions, too few GPUs, data that a node does not have.
+        ValueError: on all ranks alike: nodes of different versions, too few GPUs, data that only some nodes have.
     """
     seen = gather((watchdog.place(), here(config, environment)))
     nodes = [entry for _, entry in seen]
-    problems = [check for check in node.check_nodes(nodes) if check.status == FAILED]
+    problems = [check for check in node.check_nodes(nodes, only_differences=True) if check.status == FAILED]
     if problems:
         raise ValueError("\n".join(f"{check.text}. {check.remedy}" for check in problems))
     if environment.rank == 0:
@@ -38,7 +38,7 @@ def here(config: WorkerConfig | None, environment: LaunchEnvironment) -> node.No
     """What this rank sees of its node."""
     looks = config is not None and environment.local_rank == 0
     return node.Node(
-        name=node.name(),
+        name=launch_environment.node_name(),
         versions=_versions(),
         gpus=torch.cuda.device_count() if device.use_gpu() else 0,
         ranks=environment.local_world_size,
