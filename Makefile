@@ -3,6 +3,7 @@
 #   make test         the tests, without the long proofs
 #   make test-full    the long proofs: every pair of layouts, kills and other faults, memory
 #   make test-faults  of these the faults alone
+#   make test-slurm   the batch scripts on a SLURM cluster of this machine; as root on Debian it installs SLURM
 #
 # FAULT_KILLS=... kills that test-full and test-faults make, 32 by default; 200 take a quarter of an hour more
 # PYTHON=...      interpreter to build .venv with
@@ -29,7 +30,7 @@ EXTRAS_lint := dev
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart quickstart-short quickstart-data test test-full test-faults test-312 lint format clean
+.PHONY: help quickstart quickstart-short quickstart-data test test-full test-faults test-slurm test-312 lint format clean
 
 help:
 	@sed -n '2,/^SHELL/{/^#/s/^# \{0,1\}//p}' Makefile
@@ -70,6 +71,11 @@ test-full test-faults: export NEMO_ALIGN_FAULTS_KILLS := $(FAULT_KILLS)
 # Kills, signals, full disks, damaged checkpoints and frozen ranks under real runs: a part of test-full.
 test-faults: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m full tests/faults tests/end_to_end/test_resume.py tests/end_to_end/test_pipeline_chain.py $(PYTEST_ARGS)
+
+# SLURM's own daemons, as two nodes on this machine; they end with the tests.
+test-slurm: $(VENV)/.ready-test
+	@tools/install_slurm.sh
+	$(BIN)/python -m pytest -m full tests/slurm $(PYTEST_ARGS)
 
 # The other end of the supported range: megatron-core 0.19 needs Python 3.12.
 test-312:

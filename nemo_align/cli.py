@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # ConfigError too
         if not raised_by_this_package(error):
             raise
-        _let_rank_0_speak()
-        _print_error(error)
+        _print_error(error, _after_rank_0())
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -96,6 +95,10 @@ def _main(arguments: list[str]) -> int:
             "plan composes a stage of another verb: for Hydra's view ask that verb (`nemo-align pretrain --info`); to "
             "compare layouts use search=true"
         )
+    if verb == "doctor" and (options.multirun or options.info is not None or options.cfg is not None):
+        raise ValueError(
+            "doctor has no configuration of its own: ask the verb of the stage (`nemo-align sft --cfg job`)"
+        )
     if options.info is not None or options.cfg in ("hydra", "all"):
         from nemo_align.config import hydra_main
 
@@ -116,6 +119,10 @@ def run(verb: str, overrides: list[str]) -> int:
     from nemo_align.config.compose import compose
 
     environment = _launched_by()
+    if verb == "doctor":
+        if environment is not None:
+            _accept_signals()  # there is nothing to save
+        return importlib.import_module("nemo_align.preflight.doctor").main(overrides, environment)
     config = compose(verb, overrides)
     if verb == "pipeline":
         return importlib.import_module("nemo_align.pipeline.run").main(config, overrides)
@@ -258,18 +265,21 @@ def _accept_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _let_rank_0_speak() -> None:
+def _after_rank_0() -> str:
     """All ranks of a job usually meet the same mistake, and thousands of messages hide it. Rank 0 says it at once and
-    ends; the launcher then ends the others, unless theirs is another mistake and they live to say it."""
+    ends; the launcher then ends the others, unless theirs is another mistake and they live to say it: with this prefix,
+    since it may be one of their node (data that is not there)."""
     from nemo_align.runtime import launch_environment
 
     try:
         environment = launch_environment.detect()
     except ValueError:  # the launcher's variables are the mistake
-        return
-    if environment is not None and environment.rank > 0:
-        _accept_signals()
-        time.sleep(_RANK_0_FIRST_SECONDS)
+        return ""
+    if environment is None or environment.rank == 0:
+        return ""
+    _accept_signals()
+    time.sleep(_RANK_0_FIRST_SECONDS)
+    return f"rank {environment.rank} on {launch_environment.node_name()}: "
 
 
 def _dry_run(verb: str, config: Any, environment: LaunchEnvironment | None) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 # No torch up here: the signal handlers come before the seconds that importing it takes.
 from nemo_align.config.errors import raised_by_this_package
-from nemo_align.runtime import exit_codes, launch_environment, logs, watchdog
+from nemo_align.runtime import exit_codes, launch_environment, logs, starts, watchdog
 from nemo_align.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -45,29 +45,43 @@ def main(verb: str, config_path: str | Path) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2 <pid> shows where a silent worker is
     environment = launch_environment.detect() or launch_environment.single_process()
+    run_dir = Path(config_path).parent
     try:
         code, afterwards = _run(verb, Path(config_path), environment, stop)
         _leave()
         if afterwards is not None:
             afterwards()
+        if environment.rank == 0:
+            starts.ended(run_dir, code, "complete" if code == exit_codes.SUCCESS else stop.reason)
     except ValueError as error:
         if not raised_by_this_package(error):
-            logging.getLogger(logs.LOGGER_NAME).exception("rank %d failed", environment.rank)
-            return exit_codes.FAILURE
+            return _fail(error, run_dir, environment)
         if _is_first_to_say(str(error), environment):
             print(f"error: {error}", file=sys.stderr, flush=True)
+            starts.ended(run_dir, exit_codes.USER_ERROR, str(error))
         return exit_codes.USER_ERROR
     except KeyboardInterrupt:
+        if environment.rank == 0:
+            starts.ended(run_dir, exit_codes.INTERRUPTED, "Ctrl-C")
         return exit_codes.INTERRUPTED
     except Exception as error:
-        logging.getLogger(logs.LOGGER_NAME).exception("rank %d failed", environment.rank)
-        if any(text in str(error) for text in _BROKEN_CONNECTION):
-            time.sleep(_BROKEN_CONNECTION_SECONDS)
-        return exit_codes.FAILURE
+        return _fail(error, run_dir, environment)
     finally:
         watchdog.stop()
         stop.close()
     return code
+
+
+def _fail(error: Exception, run_dir: Path, environment: LaunchEnvironment) -> int:
+    """Say what an error that is not the user's was; returns FAILURE."""
+    logging.getLogger(logs.LOGGER_NAME).exception("rank %d failed", environment.rank)
+    if any(text in str(error) for text in _BROKEN_CONNECTION):
+        time.sleep(_BROKEN_CONNECTION_SECONDS)
+    if _is_first_to_say("a rank failed", environment):
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        reason = f"rank {environment.rank} ({watchdog.place()}): {type(error).__name__}: {first_line}"
+        starts.ended(run_dir, exit_codes.FAILURE, reason)
+    return exit_codes.FAILURE
 
 
 def _run(
@@ -78,17 +92,19 @@ def _run(
 
     config = load_resolved(verb, config_path)
     logs.setup(config.run_dir, environment.rank, shared_stderr=environment.source != "local")
+    if environment.rank == 0:
+        starts.began(config.run_dir, environment.world_size)
     hang_seconds = 60.0 * config.runtime.hang_timeout_minutes
     watchdog.start(config.run_dir, environment.rank, environment.world_size, hang_seconds)
     watchdog.beat("importing torch")
 
+    from nemo_align.preflight.start import check_job
     from nemo_align.runtime import device, topology
-    from nemo_align.runtime.agreement import gather
 
     device.install()
     watchdog.beat("meeting the other ranks")
     grid = topology.initialize(config.parallel, config.runtime, environment)
-    places = gather(watchdog.place())
+    places = check_job(config, environment)
     watchdog.beat("importing the stage")
     stage = importlib.import_module(f"nemo_align.stages.{verb}")
     watchdog.know(places)

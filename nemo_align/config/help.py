@@ -15,6 +15,7 @@ VERB_LINES = {
     "score": "write a reward model's rewards into files of rows",
     "pipeline": "the whole chain, each stage starting from the checkpoint of an earlier one",
     "plan": "what a stage needs and yields on H100s: parameters, memory, time, MFU; without a GPU and without torch",
+    "doctor": "versions, GPUs, disk, files and links of the machines, before a job: what is wrong, with its remedy",
     "convert": "checkpoints from and to Hugging Face, and from the published .nemo, in bounded memory",
     "merge": "average checkpoints of one architecture: weighted sums or spherical interpolation",
     "inspect": "what a checkpoint is: format, architecture, parameters, stage, integrity",
@@ -53,6 +54,11 @@ _EXAMPLES = {
         "nemo-align plan model=nemotron4_340b train.global_batch_size=768 search=true gpus=1536",
         "nemo-align plan model=nemotron4_340b parallel=tp8_pp12 gpus=1536 train.global_batch_size=768 \\\n"
         "      scaling=true json=plan.json",
+    ),
+    "doctor": (
+        "nemo-align doctor",
+        "nemo-align doctor +experiment=quickstart/pretrain parallel.data=2",
+        "sbatch --nodes=24 slurm/train.sbatch doctor +experiment=nemotron4_340b/code_sft",
     ),
     "convert": (
         "nemo-align convert from=megatron to=hf source=runs/rpo_3 target=exported/rpo_3",
@@ -105,6 +111,8 @@ def verb_help(verb: str) -> str:
     """`nemo-align <verb> --help`: examples, options, experiments, groups with their choices, every key."""
     from nemo_align.config import schema
 
+    if verb == "doctor":
+        return _doctor_help()
     root = schema.VERBS[verb]
     has_runs = "experiment" in schema.fields(root)  # convert has neither experiments nor groups, and nothing to sweep
     has_groups = has_runs or verb == "plan"  # those of the stage's verb
@@ -138,6 +146,21 @@ def verb_help(verb: str) -> str:
             "only a run needs (files, tokenizer, optimizer.lr, checkpoint.init_from beside model=) may be left out."
         )
     return "\n\n".join(parts)
+
+
+def _doctor_help() -> str:
+    examples = "\n".join(f"  {example}" for example in _EXAMPLES["doctor"])
+    return f"""Usage: nemo-align doctor [+experiment=<recipe>/<stage>] [group=choice] [key=value] ...
+
+{VERB_LINES["doctor"][0].upper()}{VERB_LINES["doctor"][1:]}.
+
+Examples:
+{examples}
+
+Keys: verb=pretrain|sft|reward|preference|score where no experiment says it; every other key, group and experiment is
+one of that verb (`nemo-align sft --help`). Without any, only the machine is looked at. On the ranks of a job (srun,
+torchrun, or one worker per GPU of this machine) every group of the layout is timed. Ends with 0, or with 2 if something
+is wrong."""
 
 
 def _key_lines(verb: str) -> list[str]:

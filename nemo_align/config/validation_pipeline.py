@@ -11,6 +11,7 @@ from nemo_align.config.pipeline import ClusterConfig, PipelineConfig
 
 STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
+_LONGEST_LEAD_SECONDS, _SIGNAL_EARLY_SECONDS = 65535, 60  # of sbatch --signal
 _TIME_LIMIT = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
 
 
@@ -52,6 +53,29 @@ def check_pipeline(config: PipelineConfig) -> Iterator[str]:
             f"cluster.time_limit is '{cluster.time_limit}', but must be HH:MM:SS or D-HH:MM:SS; "
             "quote it in YAML, which reads 4:00:00 as a number"
         )
+    else:
+        yield from _check_lead(cluster)
+
+
+def _check_lead(cluster: ClusterConfig) -> Iterator[str]:
+    lead = cluster.signal_lead_seconds
+    if lead is None:
+        return
+    if not 1 <= lead <= _LONGEST_LEAD_SECONDS:
+        yield f"cluster.signal_lead_seconds is {lead}, but SLURM takes 1 .. {_LONGEST_LEAD_SECONDS} (sbatch --signal)"
+    elif cluster.time_limit is not None and (limit := seconds_of(cluster.time_limit)) <= lead + _SIGNAL_EARLY_SECONDS:
+        yield (
+            f"cluster.signal_lead_seconds is {lead} and SLURM may send the signal {_SIGNAL_EARLY_SECONDS} s early, so "
+            f"within cluster.time_limit={cluster.time_limit} ({limit} s) a job would only start and stop: raise the "
+            "limit, or save in less"
+        )
+
+
+def seconds_of(time_limit: str) -> int:
+    """Seconds of HH:MM:SS or D-HH:MM:SS."""
+    days, _, clock = time_limit.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_container(cluster: ClusterConfig) -> Iterator[str]:

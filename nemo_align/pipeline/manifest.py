@@ -22,7 +22,7 @@ TAKEN_OVER = (
     "tokens",
     "forward_only",
 )  # from a stage's result
-STATUSES = ("pending", "running", "complete", "failed", "stopped")
+STATUSES = ("pending", "running", "complete", "failed", "stopped", "cancelled")
 
 
 @dataclass(kw_only=True)
@@ -52,13 +52,15 @@ class StageRecord:
     seconds: float = 0.0  # of all its starts; of the run itself where SLURM starts it
     restarts: int = 0
     exit_code: int | None = None  # of its last end
+    reason: str | None = None  # for its last end, unless it is complete
     job_id: str | None = None  # of SLURM
+    nodes: str | None = None  # of its last start: SLURM's node list, or the host
     hf: str | None = None  # exported Hugging Face folder
 
     def finish(self, result: StageResult) -> None:
         """Take over what the stage says of itself at its end."""
         run_dir = Path(self.run_dir)
-        self.status = "complete"
+        self.status, self.reason = "complete", None
         self.input = result.input
         self.output = str(run_dir / result.output) if result.output else str(run_dir)
         self.layout = result.layout

@@ -18,6 +18,7 @@ from nemo_align.pipeline.chain import Stage, build_chain, compose_chain
 from nemo_align.pipeline.local import LocalRunner, command
 from nemo_align.pipeline.manifest import Manifest, read_manifest, update
 from nemo_align.pipeline.resume import config_hash, is_complete, log_file, output_identity, stages_to_run
+from nemo_align.pipeline.stage_ends import record_end, refresh_records
 from nemo_align.pipeline.summary import summarize
 from nemo_align.runtime import exit_codes
 from nemo_align.training.result import read_result
@@ -74,7 +75,12 @@ def _run_here(run_dir: Path, stages: list[Stage], todo: list[Stage], manifest: M
                 return code or exit_codes.STOPPED_AFTER_SAVING
             if status == "failed":
                 how = "made no progress" if code == exit_codes.HUNG else "failed"
-                _say(f"stage {stage.name} {how} (exit code {code}), see {log_file(stage)}; the same command resumes it")
+                reason = manifest[stage.name].reason
+                _say(
+                    f"stage {stage.name} {how} (exit code {code})"
+                    + (f": {reason}\n" if reason else ", ")
+                    + f"see {log_file(stage)}; the same command resumes it"
+                )
                 summarize(run_dir, manifest)
                 return code
         summarize(run_dir, manifest)
@@ -103,6 +109,7 @@ def _run_stage(stage: Stage, runner: LocalRunner, manifest: Manifest, run_dir: P
     else:
         record.status = "failed"
         code = code or exit_codes.FAILURE  # ended well, but without a result
+    record_end(record)
     manifest.write(run_dir)
     return code
 
@@ -126,29 +133,32 @@ def _submit(
     config: PipelineConfig, stages: list[Stage], todo: list[Stage], configs: dict[str, Any], manifest: Manifest
 ) -> int:
     run_dir = Path(config.run_dir)
+    refresh_records(manifest, [stage.name for stage in todo])
     waiting = {stage.name: job_id for stage in todo if (job_id := manifest[stage.name].job_id) and slurm.queued(job_id)}
     if waiting:
         jobs = ", ".join(f"{name} (job {job_id})" for name, job_id in waiting.items())
         raise ConfigError(
             f"still queued or running: {jobs}. Wait for them, or scancel {' '.join(waiting.values())} first"
         )
-    job_ids: dict[str, str] = {}
+    jobs: dict[str, slurm.Job] = {}
     for stage in todo:
         stage.run_dir.mkdir(parents=True, exist_ok=True)  # SLURM opens the job's output file before the job starts
-        after = [job_ids[name] for name in stage.depends_on if name in job_ids]
+        parallel, after = configs[stage.name].parallel, [name for name in stage.depends_on if name in jobs]
         argv = slurm.submission(
-            stage, configs[stage.name].parallel, config.cluster, pipeline=config.experiment, after=after
+            stage, parallel, config.cluster, pipeline=config.experiment, after=[jobs[name].id for name in after]
         )
-        job_ids[stage.name] = slurm.submit(argv, config.cluster)
+        nodes, _ = slurm.num_nodes(config.cluster, parallel)
+        jobs[stage.name] = slurm.Job(slurm.submit(argv, config.cluster), nodes, after)
         record = manifest[stage.name]
-        record.restarts += record.job_id is not None
-        record.status, record.job_id = "pending", job_ids[stage.name]
+        record.status, record.job_id, record.reason = "pending", jobs[stage.name].id, None
         manifest.write(run_dir)  # after each: jobs already queued are never forgotten
-    if not job_ids:
+    if not jobs:
         summarize(run_dir, manifest)
         return exit_codes.SUCCESS
-    last = slurm.summary_submission(run_dir, config.cluster, pipeline=config.experiment, after=list(job_ids.values()))
-    print(slurm.table({**job_ids, "summary": slurm.submit(last, config.cluster)}))
+    ids = [job.id for job in jobs.values()]
+    last = slurm.summary_submission(run_dir, config.cluster, pipeline=config.experiment, after=ids)
+    jobs["summary"] = slurm.Job(slurm.submit(last, config.cluster), 1, ["all of them, however they end"])
+    print(slurm.table(jobs))
     return exit_codes.SUCCESS
 
 

@@ -7,14 +7,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_align.config.pipeline import ClusterConfig
 from nemo_align.pipeline.chain import Stage
+from nemo_align.runtime import signal_lead
 
 TRAIN_SCRIPT = "train.sbatch"
-_QUEUED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SUSPENDED")
 
 
 def script(name: str) -> Path:
@@ -71,6 +72,8 @@ def submission(
     options += _site_options(cluster)
     if cluster.time_limit is not None:
         options.append(f"--time={cluster.time_limit}")
+    if cluster.signal_lead_seconds is not None:
+        options.append(f"--signal=TERM@{cluster.signal_lead_seconds}")  # to the tasks: no "B:"
     if after:
         # Without the second option a job whose parent failed stays in the queue for ever.
         options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
@@ -86,9 +89,11 @@ def summary_submission(run_dir: Path, cluster: ClusterConfig, *, pipeline: str, 
 
 
 def variables(cluster: ClusterConfig) -> dict[str, str]:
-    """What slurm/train.sbatch is told in environment variables: the Python of the nodes, and srun's options for a
-    container. A variable that is set already wins."""
+    """What slurm/train.sbatch is told in environment variables: the Python of the nodes, the lead of the signal, and
+    srun's options for a container. A variable that is set already wins."""
     told = {"NEMO_ALIGN_PYTHON": cluster.python or ("python" if cluster.container_image else sys.executable)}
+    if cluster.signal_lead_seconds is not None:
+        told[signal_lead.VARIABLE] = str(cluster.signal_lead_seconds)
     if cluster.container_image is not None:
         here = Path.cwd()  # relative paths of the configuration start here, inside as outside
         mounts = ",".join([f"{here}:{here}", *cluster.container_mounts])
@@ -117,14 +122,28 @@ def submit(argv: list[str], cluster: ClusterConfig | None = None) -> str:
 
 def queued(job_id: str) -> bool:
     """Whether SLURM still has the job to run or running."""
+    # Of its own accord squeue lists only jobs that have not ended; one that it has forgotten is an error.
     done = subprocess.run(
         ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"], capture_output=True, text=True, check=False
     )
-    return done.returncode == 0 and any(state in _QUEUED for state in done.stdout.split())
+    return done.returncode == 0 and bool(done.stdout.strip())
 
 
-def table(job_ids: Mapping[str, str]) -> str:
-    """The job id of each stage, and how to end them all."""
-    width = max(len(name) for name in job_ids)
-    lines = [f"  {name:<{width}}  {job_id}" for name, job_id in job_ids.items()]
-    return "\n".join(["submitted:", *lines, f"cancel all: scancel {' '.join(job_ids.values())}"])
+@dataclass(frozen=True)
+class Job:
+    """A stage's job, for the table of a submission."""
+
+    id: str
+    nodes: int
+    after: list[str]  # names of the stages whose jobs it waits for
+
+
+def table(jobs: Mapping[str, Job]) -> str:
+    """The job of each stage, what it waits for, and how to look at them and end them all."""
+    rows = [("stage", "job", "nodes", "after")]
+    rows += [(name, job.id, str(job.nodes), ", ".join(job.after) or "-") for name, job in jobs.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    ids = [job.id for job in jobs.values()]
+    look, cancel = f"look: squeue --jobs={','.join(ids)}", f"cancel all: scancel {' '.join(ids)}"
+    return "\n".join(["submitted:", *(f"  {line}" for line in lines), look, cancel])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nemo_align.pipeline.manifest import Manifest, read_manifest
 from nemo_align.pipeline.report import write_report
+from nemo_align.pipeline.stage_ends import refresh_records
 from nemo_align.pipeline.table import print_table
-from nemo_align.training.result import read_result
 
 
 def summarize(run_dir: Path, manifest: Manifest) -> None:
@@ -21,16 +21,13 @@ def summarize(run_dir: Path, manifest: Manifest) -> None:
 
 
 def refresh(run_dir: Path) -> Manifest:
-    """The manifest with the results of stages that ended while no pipeline process watched (jobs of SLURM); rewritten.
+    """The manifest with what became of stages while no pipeline process watched (jobs of SLURM); rewritten.
 
     Raises ValueError if `run_dir` holds none.
     """
     manifest = read_manifest(run_dir)
     if manifest is None:
         raise ValueError(f"{run_dir} holds no manifest.json of a pipeline")
-    for record in manifest.stages:
-        result = read_result(record.run_dir)
-        if result is not None and result.status == "complete":
-            record.finish(result)
+    refresh_records(manifest, [record.name for record in manifest.stages])
     manifest.write(run_dir)
     return manifest

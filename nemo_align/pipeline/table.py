@@ -97,6 +97,16 @@ def print_table(manifest: Manifest, console: Console | None = None) -> None:
     for record in manifest.stages:
         table.add_row(*row(record))
     console.print(table)
+    for record in manifest.stages:
+        if record.reason is not None:
+            console.print(f"{record.name} {record.status}{_where(record)}: {record.reason}", markup=False)
+
+
+def _where(record: StageRecord) -> str:
+    where = [f"job {record.job_id}"] if record.job_id else []
+    where += [f"nodes {record.nodes}"] if record.nodes else []
+    where += [f"exit code {record.exit_code}"] if record.exit_code else []
+    return f" ({', '.join(where)})" if where else ""
 
 
 def row(record: StageRecord) -> tuple[str, ...]:

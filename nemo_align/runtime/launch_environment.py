@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ class LaunchEnvironment:
 def single_process() -> LaunchEnvironment:
     """The environment of a job that is this process alone."""
     return LaunchEnvironment(0, 1, 0, 1, "", "local")
+
+
+def node_name(variables: Mapping[str, str] = os.environ) -> str:
+    """Of this node, as SLURM calls it, which is what its commands want to hear; else the host's name."""
+    return variables.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def detect(variables: Mapping[str, str] | None = None) -> LaunchEnvironment | None:

@@ -58,6 +58,11 @@ class StopRequest:
         """Whether a signal reached this very process. Ranks may differ: see `agreed`."""
         return self._signal is not None
 
+    @property
+    def reason(self) -> str:
+        """Why the run stops, in words."""
+        return f"stopped by {self._signal.name}" if self._signal is not None else "another rank was asked to stop"
+
     def agreed(self, topology: Topology) -> bool:
         """Whether any rank was asked. A collective over all ranks (one number); all get the same answer."""
         from nemo_align.runtime.agreement import highest

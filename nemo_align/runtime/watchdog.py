@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nemo_align.runtime import exit_codes
+from nemo_align.runtime import exit_codes, starts
 from nemo_align.runtime.logs import LOGGER_NAME
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -135,6 +135,7 @@ class Watchdog:
             if self.rank == min(answers):
                 verdict = self._verdict(answers)
                 logger.error("%s", verdict)
+                starts.ended(self.folder.parent, exit_codes.HUNG, f"{head}; {verdict}")
                 self._leave_note(f"{head}; {verdict}")
         finally:
             _end(self._children())

@@ -11,6 +11,7 @@ from nemo_align.checkpoint.saver import Saver, SaveReport
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.runtime import watchdog
 from nemo_align.runtime.agreement import highest
+from nemo_align.runtime.signal_lead import LeadCheck
 from nemo_align.runtime.topology import Topology
 from nemo_align.training.session import Session
 from nemo_align.training.state import TrainState
@@ -41,6 +42,7 @@ class Saving:
         self._scheduler = scheduler
         self._saver = Saver(session.run_dir, session.topology, keep_last=config.checkpoint.keep_last)
         self._counted_until = session.opened
+        self._lead = LeadCheck(asynchronous=config.checkpoint.asynchronous)
         self.telemetry: Telemetry | None = None
 
     def agreed(self, topology: Topology) -> bool:
@@ -48,6 +50,7 @@ class Saving:
 
         Raises ValueError on all ranks when a part of the save failed on any.
         """
+        self._lead.look()
         stop, worst = highest(topology, [self._session.stop.requested, self._saver.status])
         self._report(self._saver.advance(worst))
         return bool(stop)
@@ -56,6 +59,7 @@ class Saving:
         """Save the present step; a save in flight is finished first. `wait` until this one is published."""
         wait = wait or final or not self._config.checkpoint.asynchronous
         watchdog.beat(f"saving step {state.step}")
+        self._lead.pause()
         begin = time.perf_counter()
         self.finish()
         if self._config.parallel.overlap_param_gather:
@@ -115,3 +119,5 @@ class Saving:
             report.background_seconds,
             rate,
         )
+        if self._session.topology.is_main:
+            self._lead.saved(report.background_seconds)

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from nemo_align.runtime import starts
 from nemo_align.training.metrics import read_metrics
 from tests.distributed.stage_runs import numbers
 from tests.end_to_end.commands import run, run_until_step
@@ -41,6 +42,9 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(case, how, stage_inputs, 
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed" in resumed.stderr
     assert outcome(tmp_path / "run") == undisturbed(case)
+    first, second = starts.read(tmp_path / "run")
+    assert first.code == (75 if how == signal.SIGTERM else None)  # killed, it cannot say why it ended
+    assert (second.code, second.reason) == (0, "complete")
 
 
 @pytest.fixture(scope="module")

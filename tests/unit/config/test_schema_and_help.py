@@ -62,7 +62,7 @@ def test_letters_in_another_order():
 
 
 def test_verbs_have_their_line():
-    assert set(help_texts.VERB_LINES) == set(schema.VERBS)
+    assert set(help_texts.VERB_LINES) == {*schema.VERBS, "doctor"}  # which has the keys of another verb
     assert all(verb in help_texts.overview() for verb in schema.VERBS)
 
 

@@ -13,7 +13,7 @@ from nemo_align.config.runtime import ParallelConfig
 from nemo_align.pipeline import run, slurm
 from nemo_align.pipeline.chain import Stage
 from nemo_align.pipeline.manifest import read_manifest
-from nemo_align.runtime import exit_codes
+from nemo_align.runtime import exit_codes, signal_lead
 
 SCRIPTS = ("train.sbatch", "pipeline.sbatch")
 
@@ -69,6 +69,23 @@ def test_a_container_reaches_the_job_through_the_script(tmp_path, monkeypatch):
     assert slurm.submit(["sbatch"], inside) == f"python|--container-image=/images/a.sqsh {mounts}"
     monkeypatch.setenv("NEMO_ALIGN_PYTHON", "/opt/python")  # what is set already wins
     assert slurm.submit(["sbatch"], inside).startswith("/opt/python|")
+
+
+def test_the_lead_of_the_signal_reaches_slurm_and_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv(signal_lead.VARIABLE, raising=False)
+    _commands(tmp_path, monkeypatch, f'echo "$*|${signal_lead.VARIABLE}"')
+    cluster = ClusterConfig(kind="slurm", time_limit="04:00:00", signal_lead_seconds=900)
+    argv = slurm.submission(stage(tmp_path), ParallelConfig(), cluster, pipeline="r", after=[])
+    assert "--signal=TERM@900" in argv
+    assert slurm.submit(argv, cluster).endswith("|900")
+    assert not any(
+        "--signal" in option
+        for option in slurm.submission(stage(tmp_path), ParallelConfig(), ClusterConfig(), pipeline="r", after=[])
+    )
+    # The default of both sides is that of the script.
+    text = slurm.script("train.sbatch").read_text()
+    assert re.search(r"^#SBATCH --signal=TERM@(\d+)$", text, re.MULTILINE)[1] == "600"
+    assert f"{signal_lead.VARIABLE}:-600" in text
 
 
 def test_a_site_has_its_options(tmp_path):
@@ -161,6 +178,33 @@ def test_only_a_saved_run_goes_back_into_the_queue(tmp_path, monkeypatch, code, 
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_cancelled_job_is_not_queued_again_though_it_has_saved(tmp_path, monkeypatch, name, capfd):
+    # The state that SLURM shows while it ends a job; SIGNALING is that of a job that was only told to stop.
+    for state in "COMPLETING", "SIGNALING":
+        (tmp_path / state).mkdir()
+        with monkeypatch.context() as patched:
+            scontrol, squeue = f'echo "$*" > {tmp_path}/{state}/requeued', f"echo {state}"
+            _commands(
+                tmp_path / state,
+                patched,
+                "",
+                srun="exit 75",
+                python="exit 75",
+                scontrol=scontrol,
+                squeue=squeue,
+                sleep="",
+            )
+            patched.chdir(tmp_path)
+            variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "dgx[1-2]"}
+            variables |= {"NEMO_ALIGN_PYTHON": str(tmp_path / state / "bin" / "python")}
+            script = str(slurm.script(name))
+            done = subprocess.run(["bash", script, "sft"], env={**os.environ, **variables}, check=False)
+        assert done.returncode == exit_codes.STOPPED_AFTER_SAVING
+        assert (tmp_path / state / "requeued").exists() == (state == "SIGNALING")
+    assert "it is being ended from outside (COMPLETING), so it is not queued again" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(("starts", "requeued"), [("0", True), ("9", True), ("10", False)])
 def test_a_hung_run_goes_back_into_the_queue_a_bounded_number_of_times(tmp_path, monkeypatch, capfd, starts, requeued):
     # srun's own code is that of the task that had to be killed.
@@ -172,7 +216,10 @@ def test_a_hung_run_goes_back_into_the_queue_a_bounded_number_of_times(tmp_path,
     done = subprocess.run(["bash", script, "sft"], env={**os.environ, **variables}, check=False)
     assert done.returncode == exit_codes.HUNG
     assert (tmp_path / "requeued").exists() == requeued
-    assert "no answer from rank 3 (host dgx2, pid 9)\njob 7 made no progress" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "no answer from rank 3 (host dgx2, pid 9)" in said
+    restarts = f"9:59 before its time limit: back into the queue, after {starts} restarts"
+    assert f"job 7 made no progress, {restarts}" in said if requeued else f"again {starts} times already" in said
     assert not list(tmp_path.glob(".nemo_align_hang*"))
 
 
@@ -189,10 +236,11 @@ def test_a_pipeline_that_stopped_or_hung_goes_back_into_the_queue(tmp_path, monk
 
 
 def _commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, **others: str) -> None:
-    """Put small stand-ins of SLURM's commands first in PATH."""
+    """Put small stand-ins of SLURM's commands first in PATH: of a job that runs, with ten minutes left."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, body in {"sbatch": sbatch, **others}.items():
+    squeue = 'case "$*" in *%L*) echo 9:59 ;; *) echo RUNNING ;; esac'
+    for name, body in {"sbatch": sbatch, "squeue": squeue, **others}.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")

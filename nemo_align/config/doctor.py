@@ -1,0 +1,49 @@
+"""Composing for `doctor`: the stage or the recipe that the machines are looked at for, by the rules of its own verb."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_align.config import sources, suggest
+from nemo_align.config.errors import ConfigError
+
+STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
+_VERBS = (*STAGE_VERBS, "pipeline")
+
+
+def stage_of(arguments: Sequence[str]) -> tuple[str | None, Any]:
+    """(verb, configuration) that the arguments describe; (None, None) without any.
+
+    Files are not looked at: that is for the nodes to do.
+
+    Raises:
+        ConfigError: no verb can be told, or that verb refuses the arguments.
+    """
+    from nemo_align.config.compose import compose
+
+    others = [text for text in arguments if not text.startswith("verb=")]
+    verb = next((text.partition("=")[2] for text in arguments if text.startswith("verb=")), None)
+    if verb is not None and verb not in _VERBS:
+        raise ConfigError(
+            f"verb is '{verb}', but must be one of {', '.join(_VERBS)}{suggest.did_you_mean(verb, _VERBS)}"
+        )
+    if verb is None and not others:
+        return None, None
+    if verb is None:
+        verb = _verb_of_experiment(others)
+    return verb, compose(verb, others, check_files=False)
+
+
+def _verb_of_experiment(arguments: Sequence[str]) -> str:
+    """The verb that the first comments of the experiment name."""
+    name = next((text.partition("=")[2] for text in arguments if text.startswith("+experiment=")), None)
+    if name is None:
+        raise ConfigError("doctor needs +experiment=<recipe>/<stage>, or verb=<verb>, to read other keys")
+    known = {choice for verb in _VERBS for choice, _ in sources.experiments(verb)}
+    if name not in known:
+        raise ConfigError(f"unknown experiment '{name}'{suggest.did_you_mean(name, sorted(known))}")
+    verbs = [verb for verb in _VERBS if name in {choice for choice, _ in sources.experiments(verb)}]
+    if len(verbs) > 1:  # its comments show no command
+        raise ConfigError(f"+experiment={name} does not say its verb: add verb={' or verb='.join(verbs)}")
+    return verbs[0]

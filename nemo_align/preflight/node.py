@@ -1,0 +1,93 @@
+"""What one node has: gathered from all ranks at the start of a job and by `nemo-align doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_align.config.stages import WorkerConfig
+from nemo_align.config.validation_data import check_data
+from nemo_align.preflight.checks import FAILED, NOTE, OK, Check
+
+_MOST_NAMED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One rank's view of its node. Only the first rank of a node looks at files."""
+
+    name: str
+    versions: dict[str, str]
+    gpus: int  # that this rank sees
+    ranks: int  # of the job on this node
+    missing: list[str] = field(default_factory=list)  # what the configuration names and the node does not have
+
+
+def missing_files(config: WorkerConfig) -> list[str]:
+    """Files of the configuration that this node does not have, each as the check of the configuration says it."""
+    known = set(check_data(config, check_files=False))
+    missing = [problem for problem in check_data(config, check_files=True) if problem not in known]
+    init_from = config.checkpoint.init_from
+    if init_from is not None and not Path(init_from).exists():
+        missing.append(f"checkpoint.init_from={init_from} does not exist")
+    return missing
+
+
+def check_nodes(nodes: list[Node], *, only_differences: bool = False) -> Iterator[Check]:
+    """The ranks' views against each other. `only_differences`: not of files that no node has, which the configuration's
+    own check has named."""
+    yield from _same_versions(nodes)
+    yield _enough_gpus(nodes)
+    lacking = {node.name: node.missing for node in nodes if node.missing}
+    everywhere = len({node.name for node in nodes})
+    for problem in dict.fromkeys(problem for missing in lacking.values() for problem in missing):
+        where = [name for name, missing in lacking.items() if problem in missing]
+        if len(where) == everywhere and only_differences:
+            continue
+        on = "" if len(where) == everywhere else f" (on {_named(where)})"
+        remedy = "put it there, or name a folder that all nodes see: data.root=<folder>"
+        yield Check(name="files", status=FAILED, text=f"{problem}{on}", remedy=remedy)
+
+
+def _same_versions(nodes: list[Node]) -> Iterator[Check]:
+    for package in dict.fromkeys(package for node in nodes for package in node.versions):
+        found: dict[str, list[str]] = {}
+        for node in nodes:
+            found.setdefault(node.versions.get(package, "none"), []).append(node.name)
+        if len(found) > 1:
+            common = max(found, key=lambda version: len(found[version]))
+            odd = "; ".join(f"{version} on {_named(names)}" for version, names in found.items() if version != common)
+            yield Check(
+                name="versions",
+                status=FAILED,
+                text=f"{package} differs: {common} on most nodes, {odd}",
+                remedy="one environment for all nodes: the same folder or image (NEMO_ALIGN_PYTHON, cluster.python)",
+            )
+
+
+def _enough_gpus(nodes: list[Node]) -> Check:
+    seen = {node.gpus for node in nodes}
+    if seen == {0}:
+        return Check(name="GPUs", status=NOTE, text="none: the ranks run on the CPU")
+    # A rank that sees one GPU was given it by SLURM.
+    short = {node.name: node for node in nodes if node.gpus != 1 and node.gpus < node.ranks}
+    short |= {node.name: node for node in nodes if node.gpus == 0}
+    if short:
+        found = "; ".join(
+            f"{node.name} {node.gpus} for {node.ranks} ranks" for node in list(short.values())[:_MOST_NAMED]
+        )
+        return Check(
+            name="GPUs",
+            status=FAILED,
+            text=f"fewer than ranks: {found}",
+            remedy=f"leave it out (sbatch --exclude={','.join(list(short)[:_MOST_NAMED])}); nvidia-smi there says what "
+            "became of the GPU",
+        )
+    return Check(name="GPUs", status=OK, text=f"{max(seen)} seen by each rank, {nodes[0].ranks} ranks on a node")
+
+
+def _named(names: list[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    more = f" and {len(unique) - _MOST_NAMED} more" if len(unique) > _MOST_NAMED else ""
+    return ", ".join(unique[:_MOST_NAMED]) + more

@@ -1,0 +1,64 @@
+"""`nemo-align doctor` as a user starts it: alone, and on the ranks of a layout."""
+
+import re
+import subprocess
+import sys
+
+from nemo_align.runtime import exit_codes
+from tests.end_to_end import commands
+from tests.stage_inputs import MODEL, stage_overrides
+
+
+def test_on_the_ranks_of_a_layout(stage_inputs, tmp_path):
+    layout = ["parallel.tensor=2", "parallel.data=2", "run_dir=run"]
+    done = commands.run("doctor", "verb=sft", *MODEL, *stage_overrides(stage_inputs, "sft"), *layout, cwd=tmp_path)
+    said = done.stdout
+    assert "ok       configuration  sft (sft)" in said, said + done.stderr
+    for kind, groups in (("tensor", 2), ("data", 2)):
+        assert re.search(rf"links +{kind}: {groups} groups, all-reduce [\d.e+-]+ GB/s, the slowest ", said), said
+    assert re.search(r"links +all ranks: all-reduce [\d.e+-]+ GB/s", said)
+    assert re.search(r"disk +\S+: [\d.]+ [GT]B free, .* written by 1 node; a checkpoint has ", said)
+    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+    # Four processes share the cores of whatever runs this: one may look slow. Nothing else may be wrong.
+    wrong = [line for line in said.splitlines() if line.startswith("failed")]
+    assert all(" is slow: " in line for line in wrong), said
+    assert done.returncode == (exit_codes.USER_ERROR if wrong else exit_codes.SUCCESS)
+
+
+def test_a_mistake_and_missing_files_are_named_with_their_remedies(tmp_path):
+    done = commands.run("doctor", "+experiment=nemotron4_340b/code_sft", cwd=tmp_path)
+    assert done.returncode == exit_codes.USER_ERROR
+    assert (
+        "failed   files          data.train.code_sft.path=data/nemotron4/code_sft/train.jsonl does not exist"
+        in done.stdout
+    )
+    assert "remedy: put it there, or name a folder that all nodes see: data.root=<folder>" in done.stdout
+    assert "a checkpoint has 4.77 TB" in done.stdout
+    done = commands.run("doctor", "+experiment=nemotron4_340b/code_sft", "optimzer.lr=1", cwd=tmp_path)
+    assert "failed   configuration  unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?" in done.stdout
+    done = commands.run("doctor", "+experiment=nemotron4_340b/cod_sft", cwd=tmp_path)
+    assert "unknown experiment 'nemotron4_340b/cod_sft'; did you mean 'nemotron4_340b/code_sft'?" in done.stdout
+
+
+def test_a_recipe_is_looked_at_as_its_largest_stage(tmp_path):
+    done = commands.run("doctor", "+experiment=nemotron4_340b/recipe", cwd=tmp_path)
+    assert (
+        "nemotron4_340b/recipe: 10 stages; the largest, nemotron4_340b/pretrain, stands for them below" in done.stdout
+    )
+
+
+def test_alone_it_needs_no_torch(tmp_path):
+    code = (
+        "import sys; from nemo_align.cli import main; code = main(['doctor']); "
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules), 'heavy'; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=commands.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == exit_codes.SUCCESS, done.stdout + done.stderr
+    assert "versions" in done.stdout and "apex" in done.stdout

@@ -1,0 +1,96 @@
+"""Nodes against each other, room and speed of the disk, and the report."""
+
+import pytest
+
+from nemo_align.config.compose import compose
+from nemo_align.preflight import disk, node
+from nemo_align.preflight.checks import FAILED, NOTE, OK, WARNING, Check, exit_code, report
+from nemo_align.preflight.disk import Disk
+from nemo_align.preflight.node import Node
+
+
+def nodes(*changes: dict) -> list[Node]:
+    """One node for each of `changes`."""
+    usual = {"versions": {"torch": "2.9.1"}, "gpus": 8, "ranks": 8}
+    return [Node(**{"name": f"dgx{number}", **usual, **change}) for number, change in enumerate(changes, start=1)]
+
+
+def failures(found: list[Node]) -> list[str]:
+    return [check.text for check in node.check_nodes(found) if check.status == FAILED]
+
+
+def test_nodes_alike_pass():
+    assert failures(nodes({}, {}, {})) == []
+    assert failures(nodes({"gpus": 0}, {"gpus": 0})) == []  # CPUs
+    assert failures(nodes({"gpus": 1}, {"gpus": 1})) == []  # SLURM gave each rank one
+
+
+def test_a_node_of_another_version_or_with_a_dead_gpu_is_named():
+    assert failures(nodes({}, {"versions": {"torch": "2.8.0"}}, {})) == [
+        "torch differs: 2.9.1 on most nodes, 2.8.0 on dgx2"
+    ]
+    assert failures(nodes({}, {}, {"gpus": 7})) == ["fewer than ranks: dgx3 7 for 8 ranks"]
+
+
+def test_files_that_only_some_nodes_have():
+    lacks = {"missing": ["data.train.a.path=rows.jsonl does not exist"]}
+    assert failures(nodes({}, lacks)) == ["data.train.a.path=rows.jsonl does not exist (on dgx2)"]
+    assert failures(nodes(lacks, lacks)) == ["data.train.a.path=rows.jsonl does not exist"]
+
+
+@pytest.fixture
+def config():
+    return compose("sft", ["+experiment=nemotron4_340b/code_sft"], check_files=False)
+
+
+def test_files_of_a_configuration_that_are_not_here(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [problem.split("=")[0] for problem in node.missing_files(config)] == [
+        "data.train.code_sft.path",
+        "data.validation.code_sft.path",
+        "checkpoint.init_from",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("free", "rate", "expected", "said"),
+    [
+        (100e12, 80e9, OK, "a checkpoint has 4.77 TB: 60 s"),
+        (10e12, 80e9, WARNING, "and 4 of them lie there at once"),
+        (4e12, 80e9, FAILED, "4 TB free"),
+        (100e12, 20e9, WARNING, "more than the 600 s between the signal and the time limit hold"),
+    ],
+)
+def test_the_340bs_checkpoints_against_free_space_and_speed(config, free, rate, expected, said):
+    seen = {f"dgx{number}": Disk("/lustre", int(free), int(rate / 4), 1.0) for number in range(4)}
+    check = disk.check_disk(seen, config)
+    assert check.status == expected and said in check.text
+
+
+def test_a_disk_is_looked_at_and_left_as_it_was(tmp_path):
+    found = disk.look(tmp_path / "runs" / "not" / "yet", "a", num_bytes=2**20)
+    assert (
+        found.folder == str(tmp_path) and found.written_bytes >= 2**20 and found.seconds > 0 and found.problem is None
+    )
+    assert list(tmp_path.iterdir()) == []
+    broken = Disk("/lustre", 0, 0, 0.0, "Read-only file system")
+    check = disk.check_disk({"dgx1": found, "dgx2": broken}, None)
+    assert check.status == FAILED and check.text == "/lustre cannot be written on dgx2: Read-only file system"
+    assert disk.check_shared({"dgx1": True, "dgx2": False}).text == "dgx2 does not see what rank 0 writes"
+
+
+def test_the_report_ends_with_what_is_wrong():
+    checks = [
+        Check(name="disk", status=FAILED, text="full", remedy="make room"),
+        Check(name="apex", status=OK, text="not installed"),
+        Check(name="driver", status=NOTE, text="none"),
+    ]
+    assert report(checks).splitlines() == [
+        "ok       apex           not installed",
+        "note     driver         none",
+        "failed   disk           full",
+        "         remedy: make room",
+        "3 checks: 1 failed",
+    ]
+    assert (exit_code(checks), exit_code(checks[1:])) == (2, 0)
+    assert report(checks[1:]).endswith("2 checks: nothing wrong")
