@@ -42,6 +42,7 @@ class Model:
     files: dict[str, dict] = field(default_factory=dict)  # known checksums of files in `path`, as a manifest has them
     notes: list[str] = field(default_factory=list)  # what the user should know
     merged: dict | None = None  # how it was made of others
+    stored: dict[str, str] = field(default_factory=dict)  # where the source keeps a tensor, if under another name
     identify: Callable[[], str] | None = None  # the identity of what lies there now
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from nemo_align.checkpoint.conversion.model import TORCH_DTYPES, Model, expected_shapes
 from nemo_align.checkpoint.conversion.target import Target
+from nemo_align.checkpoint.nemo.open import published_name
 from nemo_align.checkpoint.streaming.tensors import RowSource, pieces_in
 from nemo_align.config.conversion import ConvertConfig
 from nemo_align.config.model_file import read_model
@@ -52,6 +53,7 @@ def described_model(config: ConvertConfig) -> Model:
         tensors=tensors,
         tokenizer=None,
         identity="",
+        stored={key: published_name(key) for key in tensors} if config.source_format == "nemo" else {},
     )
 
 
@@ -102,7 +104,8 @@ def _time(target: Target, model: Model | None, config: ConvertConfig) -> str:
     if model is not None and (rate := _read_rate(model)) is not None:
         rates["read"] = rate
     if not rates:
-        return "time: name a target or a source to measure its disk"
+        minutes = target.num_bytes / 60e9
+        return f"time: {minutes:.0f} minutes on disks of 1 GB/s; name a target or a source to measure theirs"
     seconds = target.num_bytes / min(rates.values())
     measured = ", ".join(f"{name} {rate / 1e6:.0f} MB/s" for name, rate in rates.items())
     return f"time: about {seconds / 60:.0f} minutes ({measured}, from a sample of {_SAMPLE_BYTES >> 20} MiB)"

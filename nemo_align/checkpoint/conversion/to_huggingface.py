@@ -69,7 +69,10 @@ def to_huggingface(
                 parts.append(transfer.rows(shard.file, position, name, source, first, last))
                 position += parts[-1].num_bytes
     for shard in shards:
-        table += [planned(name, source, sources[name], shard.file) for name, source in shard.tensors.items()]
+        table += [
+            planned(name, source, model.stored.get(sources[name], sources[name]), shard.file)
+            for name, source in shard.tensors.items()
+        ]
     index = safetensors.index_of(shards)
 
     def write_small(folder: Path) -> None:

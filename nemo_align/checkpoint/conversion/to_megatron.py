@@ -55,7 +55,8 @@ def to_megatron(model: Model, *, dtype: str | None = None) -> Target:
                 )
             )
             if piece.first == 0:
-                of = ", ".join(names.get(piece.key, (piece.key,))) if model.kind == "hf" else piece.key
+                known = names.get(piece.key, (piece.key,)) if model.kind == "hf" else (piece.key,)
+                of = model.stored.get(piece.key, ", ".join(known))
                 first, last = places[piece.key][0], places[piece.key][-1]
                 where = first if first == last else f"{first} to {last}"
                 table.append(planned(piece.key, piece.source, of, where))

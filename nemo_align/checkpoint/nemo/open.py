@@ -70,7 +70,7 @@ def _open(path: Path, files: Files, unused_attributes: str) -> Model:
     config = configs.model_config(values, where, name=_name(path), vocab_size=vocabulary)
     if unknown := configs.unknown_keys(values):
         notes.append(f"{where}: keys that are not known and not used: {', '.join(unknown)}")
-    tensors = _tensors(arrays, config, reward, path)
+    tensors, stored = _tensors(arrays, config, reward, path)
     others = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if len(others) > 1:
         notes.append(f"the weights mix {', '.join(sorted(others))}: without dtype= all get the embedding's format")
@@ -89,7 +89,21 @@ def _open(path: Path, files: Files, unused_attributes: str) -> Model:
         identity=files_identity(used) + (f"-{unused_attributes}" if reward is not None else ""),
         verb=_verb(values, reward),
         notes=[*notes, *more],
+        stored=stored,
     )
+
+
+def stored_name(name: str, layer: int | None = None) -> str:
+    """Where a `.nemo` keeps a tensor: its folder (or key, in torch_dist), and the layer of a stack of all layers."""
+    return f"{WEIGHTS}{_PREFIX}{name}" + ("" if layer is None else f"[{layer}]")
+
+
+def published_name(key: str) -> str:
+    """Where the published checkpoints keep a tensor of ours: their layers are stacked."""
+    if not key.startswith(_LAYERS):
+        return stored_name(key)
+    layer, _, rest = key.removeprefix(_LAYERS).partition(".")
+    return stored_name(f"{_LAYERS}{rest}", int(layer))
 
 
 def _arrays(files: Files, names: list[str]) -> dict[str, tuple[tuple[int, ...], Find]]:
@@ -193,8 +207,10 @@ def _kept_slots(count: int, path: Path, unused: str) -> list[tuple[int, str]]:
     )
 
 
-def _tensors(arrays: dict, config, reward: dict | None, path: Path) -> dict[str, RowSource]:
+def _tensors(arrays: dict, config, reward: dict | None, path: Path) -> tuple[dict[str, RowSource], dict[str, str]]:
+    """Tensors by our names, and where each is stored."""
     expected = expected_shapes(config, reward)
+    stored: dict[str, str] = {}
     found: dict[str, Find] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (shape, find) in arrays.items():
@@ -207,11 +223,13 @@ def _tensors(arrays: dict, config, reward: dict | None, path: Path) -> dict[str,
             for layer in range(config.num_layers):
                 key = f"{_LAYERS}{layer}.{name.removeprefix(_LAYERS)}"
                 found[key], shapes[key] = (lambda layer=layer, find=find: find(layer)), shape[1:]
+                stored[key] = stored_name(name, layer)
         else:
             found[name], shapes[name] = (lambda find=find: find(None)), shape
+            stored[name] = stored_name(name)
     for ours, theirs in ((HEAD_WEIGHT, _HEAD), (HEAD_BIAS, _HEAD_BIAS)):
         if theirs in found:
-            found[ours] = found.pop(theirs)
+            found[ours], stored[ours] = found.pop(theirs), stored.pop(theirs)
             slots = shapes.pop(theirs)
             shapes[ours] = (len(reward["attributes"]) if reward else slots[0], *slots[1:])
     # The published reward model ships its output layer, which nothing uses.
@@ -224,7 +242,7 @@ def _tensors(arrays: dict, config, reward: dict | None, path: Path) -> dict[str,
     for key in (HEAD_WEIGHT, HEAD_BIAS):
         if key in tensors and reward is not None:
             tensors[key] = _slots(tensors[key], reward["attributes"], path)
-    return {key: rows_of(tensor, 0, expected[key][0]) for key, tensor in tensors.items()}
+    return {key: rows_of(tensor, 0, expected[key][0]) for key, tensor in tensors.items()}, stored
 
 
 def _slots(head: RowSource, attributes: list[str], path: Path) -> RowSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,7 +168,14 @@ def test_all_of_the_published_model_in_a_plan(tmp_path: Path, capsys: pytest.Cap
     for to, tensors in (("megatron", 772), ("hf", 964)):
         config = ConvertConfig(source=str(nemo.path), source_format="nemo", target_format=to, plan=True)
         assert convert(config) is None
-        assert f"{tensors} tensors with 682,058,391,552 bytes" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"{tensors} tensors with 682,058,391,552 bytes" in shown
+        stored = set(re.findall(r"model_weights/(model\.[^ \[]+)", shown))
+        assert stored == {path.name for path in weights.iterdir() if path.is_dir()}
+        assert "model_weights/model.decoder.layers.mlp.linear_fc2.weight[95]" in shown
+        # Before anything is downloaded the plan says the same.
+        convert(ConvertConfig(architecture="nemotron4_340b", source_format="nemo", target_format=to, plan=True))
+        assert stored == set(re.findall(r"model_weights/(model\.[^ \[]+)", capsys.readouterr().out))
 
 
 # Conversions
