@@ -117,7 +117,7 @@ def problem_of_part(path: Path, name: str, first: int, end: int, algorithm: str,
         return f"{name} ends at byte {first + count:,}"
     if running.hexdigest() != expected:
         where = f" between bytes {first:,} and {end:,}" if first else ""
-        return f"{name} is damaged{where}: its checksum differs from the manifest's"
+        return f"{name} is damaged{where}: its checksum differs from the recorded one"
     return None
 
 

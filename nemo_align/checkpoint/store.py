@@ -258,7 +258,7 @@ def resolve(path: Path | str) -> CheckpointReference:
         raise ValueError(f"{path} is a Megatron checkpoint without {MANIFEST_FILE}: cut off, or not written by us")
     raise ValueError(
         f"{path} is not a run directory (no {CHECKPOINTS}/), a checkpoint (no {MANIFEST_FILE}) "
-        f"or a Hugging Face folder (no config.json); it holds {_listing(path)}"
+        f"or a Hugging Face folder (no config.json), nor a .nemo (no model_config.yaml); it holds {_listing(path)}"
     )
 
 

@@ -23,7 +23,7 @@ def test_a_whole_file(algorithm: str, tmp_path: Path) -> None:
         assert entry["sha256"] == hashlib.sha256(CONTENT).hexdigest()
     assert checksums.problem_of(path, "data", entry) is None
     path.write_bytes(CONTENT[:-1] + b"\0")
-    assert checksums.problem_of(path, "data", entry) == "data is damaged: its checksum differs from the manifest's"
+    assert checksums.problem_of(path, "data", entry) == "data is damaged: its checksum differs from the recorded one"
 
 
 def test_a_file_in_parts_tells_where_it_is_damaged(tmp_path: Path) -> None:
