@@ -278,7 +278,7 @@ def _print_rates(console: Console, result: PlanResult) -> None:
     console.print(
         f"checkpoint: {cost.num_bytes / 1e9:,.1f} GB, {_duration(cost.seconds)} at "
         f"{cost.bytes_per_second / 1e9:,.1f} GB/s; a time limit has to be announced "
-        f"{_duration(result.signal_lead_seconds)} before",
+        f"{result.signal_lead_seconds} seconds before (cluster.signal_lead_seconds)",
         soft_wrap=True,
     )
 

@@ -10,6 +10,7 @@ from nemo_align.planning.estimate import CheckpointCost, Estimate, checkpoint_co
 from nemo_align.planning.scaling import Scaling
 from nemo_align.planning.search import Found
 from nemo_align.planning.workload import StageLength
+from nemo_align.runtime.signal_lead import needed_seconds
 
 DAY, HOUR = 86400.0, 3600.0
 
@@ -52,10 +53,11 @@ class PlanResult:
         return self.estimates[-1]
 
     @property
-    def signal_lead_seconds(self) -> float:
-        """How long before a time limit a job has to be told: the longest step, one and a half saves, half a minute."""
+    def signal_lead_seconds(self) -> int:
+        """How long before a time limit a job has to be told: cluster.signal_lead_seconds."""
         longest = max(estimate.time.total for estimate in self.estimates)
-        return longest + 1.5 * self.checkpoint.seconds + 30.0
+        asynchronous = self.planned.stage.checkpoint.asynchronous
+        return needed_seconds(longest, self.checkpoint.seconds, asynchronous=asynchronous)
 
 
 @dataclass(frozen=True)
