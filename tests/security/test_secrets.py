@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,9 @@ def test_a_run_and_its_export(stage_inputs: StageInputs, tmp_path: Path) -> None
     arguments += ["train.max_steps=1", "checkpoint.export_hf=true", *(f"tracking.{name}=true" for name in TRACKERS)]
     done = run(arguments, tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr.decode()
+    deadline = time.monotonic() + 30  # W&B's own process may write its file after the run has ended
+    while "wandb" in TRACKERS and not list((tmp_path / "run").rglob("*.wandb")) and time.monotonic() < deadline:
+        time.sleep(0.2)
     names = {path.name for path in (tmp_path / "run").rglob("*")}
     assert {"config.yaml", "log.txt", "metrics.jsonl", "result.json", "rank_1.txt", "model.safetensors"} <= names
     assert "tensorboard" not in TRACKERS or any(name.startswith("events.out.tfevents") for name in names)
