@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import platform
 import re
@@ -101,7 +102,8 @@ def check_driver(found: Mapping[str, str], driver: Mapping[str, str] | None) -> 
 
 def check_apex() -> Check:
     """NVIDIA's Apex is optional; the package of that name on the public index is another program."""
-    spec = importlib.util.find_spec("apex")
+    # On the disk: without a GPU the process may have hidden the package from its own imports (runtime/cpu_facade.py).
+    spec = importlib.machinery.PathFinder.find_spec("apex")
     if spec is None:
         return Check(name="apex", status=OK, text="not installed, and not needed")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]

@@ -241,7 +241,7 @@ def test_an_export_at_the_end_has_a_card_with_the_results(pool1, stage_inputs, p
     assert result["hf"] == "hf"
     card = (tmp_path / "hf" / "README.md").read_text()
     for when in ("first", "last"):
-        assert f"| validation/rows/loss ({when}) | {result[when]['validation/rows/loss']} |" in card
+        assert f"| validation/rows/loss ({when}) | {result[when]['validation/rows/loss']:.6g} |" in card
     assert f"| tokens | {result['tokens']} |" in card and "supervised fine-tuning, step 3" in card
     assert "optimizer:\n  lr: 0.001" in card  # the run's configuration
     assert (tmp_path / "hf" / "chat_template.jinja").is_file() and (tmp_path / "hf" / "config.json").is_file()

@@ -69,5 +69,7 @@ def test_the_apex_of_the_public_index_is_found_out(tmp_path, monkeypatch):
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('never imported')\n")
     check = versions.check_apex()
     assert check.status == FAILED and check.remedy == "pip uninstall apex"
+    monkeypatch.setitem(sys.modules, "apex", None)  # as a process without a GPU hides it
+    assert versions.check_apex().status == FAILED
     (tmp_path / "apex" / "multi_tensor_apply").mkdir()
     assert versions.check_apex().status == OK
