@@ -6,6 +6,8 @@ torch and Megatron-core; Transformer Engine's layers are used where there is a G
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
@@ -29,38 +31,14 @@ def _stage(
 
     device.install()
     import torch
-    from megatron.core import parallel_state
-    from torch import distributed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from nemo_align.model.build import build_model
-    from nemo_align.runtime.topology import Topology
+    from nemo_align.runtime.topology import pretended_rank
 
-    assert parallel.data is not None
     # One replica: parameters do not depend on their number, and groups of thousands of ranks take seconds.
     world_size = parallel.tensor * parallel.pipeline
-    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-    distributed.init_process_group("fake", store=FakeStore(), rank=parallel.tensor * stage, world_size=world_size)
-    try:
-        parallel_state.initialize_model_parallel(
-            parallel.tensor, parallel.pipeline, virtual, create_gloo_process_groups=False
-        )
-        topology = Topology(
-            world_size=world_size,
-            rank=parallel.tensor * stage,
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            virtual_pipeline=parallel.virtual_pipeline,
-            data=1,
-            sequence=parallel.sequence and parallel.tensor > 1,
-            tensor_rank=0,
-            pipeline_rank=stage,
-            data_rank=0,
-            device=torch.device("cpu"),
-        )
-        with torch.device("meta"):
-            chunks = build_model(model, parallel, precision, topology, reward_head=reward)
+    alone = replace(parallel, data=1)
+    rank = parallel.tensor * stage
+    with pretended_rank(alone, rank=rank, world_size=world_size) as topology, torch.device("meta"):
+        chunks = build_model(model, alone, precision, topology, reward_head=reward)
         return [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks]
-    finally:
-        parallel_state.destroy_model_parallel()
-        distributed.destroy_process_group()

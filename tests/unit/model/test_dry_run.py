@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
+from tests.child import answer
 
 TENSOR, PIPELINE, VIRTUAL, DATA = 8, 12, 8, 64
 WORLD_SIZE = TENSOR * PIPELINE * DATA
@@ -37,58 +34,28 @@ CASES = {  # rank, whether it is a reward model
 def dry_run(rank: int, reward: bool) -> dict[str, object]:
     """Parameters of each model chunk of this rank, and the CPU seconds to build them."""
     import torch
-    from megatron.core import parallel_state
-    from torch import distributed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from nemo_align.model.build import build_model
-    from nemo_align.runtime.topology import Topology
+    from nemo_align.runtime.topology import pretended_rank
 
     start = time.process_time()
-    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD_SIZE)
-    parallel_state.initialize_model_parallel(TENSOR, PIPELINE, VIRTUAL, create_gloo_process_groups=False)
-    topology = Topology(
-        world_size=WORLD_SIZE,
-        rank=rank,
-        tensor=TENSOR,
-        pipeline=PIPELINE,
-        virtual_pipeline=VIRTUAL,
-        data=DATA,
-        sequence=True,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        device=torch.device("cpu"),
-    )
     parallel = ParallelConfig(tensor=TENSOR, pipeline=PIPELINE, virtual_pipeline=VIRTUAL, sequence=True)
-    with torch.device("meta"):
-        head = RewardConfig() if reward else None
+    head = RewardConfig() if reward else None
+    with pretended_rank(parallel, rank=rank, world_size=WORLD_SIZE) as topology, torch.device("meta"):
         chunks = build_model(MODEL_340B, parallel, PrecisionConfig(), topology, reward_head=head)
     assert all(parameter.is_meta for chunk in chunks for parameter in chunk.parameters())
     seconds = time.process_time() - start
-    parallel_state.destroy_model_parallel()
-    distributed.destroy_process_group()
     sizes = [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks]
     return {"chunks": sizes, "seconds": seconds}
 
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[str, dict]:
-    # A process of its own, whose default group may be a fake.
-    code = (
+    return answer(
+        "{name: dry_run(*case) for name, case in CASES.items()}",
         "from nemo_align.runtime import device; device.install()\n"
-        "import json; from tests.unit.model.test_dry_run import CASES, dry_run\n"
-        "print(json.dumps({name: dry_run(*case) for name, case in CASES.items()}))"
+        "from tests.unit.model.test_dry_run import CASES, dry_run",
     )
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).resolve().parents[3],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

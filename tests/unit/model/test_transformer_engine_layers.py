@@ -7,15 +7,12 @@ Needs `pip install 'nemo_align[gpu]'`; skipped elsewhere.
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from nemo_align.config.choices import CHOICES
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
+from tests.child import answer
 from tests.unit.model.test_dry_run import MODEL_340B
 
 TENSOR, PIPELINE, VIRTUAL = 8, 12, 8
@@ -51,32 +48,13 @@ def tensors_of(rank: int, recipe: str, *, gpu: bool) -> dict[str, list]:
 
         device.install()
     import torch
-    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
-    from torch import distributed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     import nemo_align.model.build as build
     from nemo_align.checkpoint import sharded_state
-    from nemo_align.runtime.topology import Topology
+    from nemo_align.runtime.topology import pretended_rank
 
-    if not distributed.is_initialized():
-        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD_SIZE)
-        parallel_state.initialize_model_parallel(TENSOR, PIPELINE, VIRTUAL, create_gloo_process_groups=False)
-    topology = Topology(
-        world_size=WORLD_SIZE,
-        rank=rank,
-        tensor=TENSOR,
-        pipeline=PIPELINE,
-        virtual_pipeline=VIRTUAL,
-        data=1,
-        sequence=True,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        data_rank=0,
-        device=torch.device("cpu"),
-    )
     real = build.build_transformer_config
 
     def without_memory(*arguments):
@@ -86,10 +64,11 @@ def tensors_of(rank: int, recipe: str, *, gpu: bool) -> dict[str, list]:
 
     build.build_transformer_config = without_memory
     parallel = ParallelConfig(tensor=TENSOR, pipeline=PIPELINE, virtual_pipeline=VIRTUAL, sequence=True)
-    with torch.device("meta"):
-        chunks = build.build_model(MODEL_340B, parallel, PrecisionConfig(fp8=recipe), topology)
+    with pretended_rank(parallel, rank=rank, world_size=WORLD_SIZE) as topology:
+        with torch.device("meta"):
+            chunks = build.build_model(MODEL_340B, parallel, PrecisionConfig(fp8=recipe), topology)
+        state = sharded_state.model_state(chunks, None)
     build.build_transformer_config = real
-    state = sharded_state.model_state(chunks, None)
     return {
         value.key: [list(value.global_shape), list(value.local_shape), str(value.dtype)]
         for value in nested_values(state)
@@ -99,20 +78,10 @@ def tensors_of(rank: int, recipe: str, *, gpu: bool) -> dict[str, list]:
 
 def ask(rank: int, recipes: list[str], *, gpu: bool) -> dict[str, dict]:
     """The tensors by recipe, in a process of its own: it pretends, and its process group is a fake."""
-    code = (
-        "import json\nfrom tests.unit.model.test_transformer_engine_layers import tensors_of\n"
-        f"print(json.dumps({{recipe: tensors_of({rank}, recipe, gpu={gpu}) for recipe in {recipes!r}}}))"
+    return answer(
+        f"{{recipe: tensors_of({rank}, recipe, gpu={gpu}) for recipe in {recipes!r}}}",
+        "from tests.unit.model.test_transformer_engine_layers import tensors_of",
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).resolve().parents[3],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("place", RANKS)

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 from nemo_align.planning.activations import chunk_bytes, layer_bytes
 from nemo_align.planning.job import Job, StepWork
 from nemo_align.planning.memory import memory_plan
+from tests.child import answer
 
 pytestmark = pytest.mark.full
 
@@ -151,19 +149,7 @@ def measure_all() -> dict[str, dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, int]]:
-    code = (
-        "import json; from tests.unit.planning.test_against_the_real_model import measure_all\n"
-        "print(json.dumps(measure_all()))"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).resolve().parents[3],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
+    return answer("measure_all()", "from tests.unit.planning.test_against_the_real_model import measure_all")
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])

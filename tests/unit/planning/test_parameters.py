@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +16,7 @@ from nemo_align.planning.parameters import (
     stage_parameters,
     total_parameters,
 )
+from tests.child import answer
 from tests.unit.model.configs import tiny_model
 
 N340 = read_model("nemotron4_340b")
@@ -97,17 +94,7 @@ def build_all() -> dict[str, list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, list[list[int]]]:
-    # A process of its own, whose default group may be a fake.
-    code = "import json; from tests.unit.planning.test_parameters import build_all; print(json.dumps(build_all()))"
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).resolve().parents[3],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
+    return answer("build_all()", "from tests.unit.planning.test_parameters import build_all")
 
 
 @pytest.mark.parametrize("case", BUILT)
