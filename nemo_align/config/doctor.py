@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_align.config import sources, suggest
+from nemo_align.config import suggest
 from nemo_align.config.errors import ConfigError
+from nemo_align.config.experiment_verb import verb_of_experiment
 
 STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
 _VERBS = (*STAGE_VERBS, "pipeline")
@@ -31,19 +32,7 @@ def stage_of(arguments: Sequence[str]) -> tuple[str | None, Any]:
     if verb is None and not others:
         return None, None
     if verb is None:
-        verb = _verb_of_experiment(others)
+        verb = verb_of_experiment(others, _VERBS, otherwise="whose machines need no look")
+        if verb is None:
+            raise ConfigError("doctor needs +experiment=<recipe>/<stage>, or verb=<verb>, to read other keys")
     return verb, compose(verb, others, check_files=False)
-
-
-def _verb_of_experiment(arguments: Sequence[str]) -> str:
-    """The verb that the first comments of the experiment name."""
-    name = next((text.partition("=")[2] for text in arguments if text.startswith("+experiment=")), None)
-    if name is None:
-        raise ConfigError("doctor needs +experiment=<recipe>/<stage>, or verb=<verb>, to read other keys")
-    known = {choice for verb in _VERBS for choice, _ in sources.experiments(verb)}
-    if name not in known:
-        raise ConfigError(f"unknown experiment '{name}'{suggest.did_you_mean(name, sorted(known))}")
-    verbs = [verb for verb in _VERBS if name in {choice for choice, _ in sources.experiments(verb)}]
-    if len(verbs) > 1:  # its comments show no command
-        raise ConfigError(f"+experiment={name} does not say its verb: add verb={' or verb='.join(verbs)}")
-    return verbs[0]

@@ -14,6 +14,7 @@ from typing import Any
 from nemo_align.config import build, overrides, planned_model, schema, sources, suggest
 from nemo_align.config.choices import CHOICES
 from nemo_align.config.errors import ConfigError
+from nemo_align.config.experiment_verb import verb_of_experiment
 from nemo_align.config.plan import PlanConfig, PlannedRecipe, PlannedStage
 from nemo_align.config.validation import check_data_parallel, check_world_size
 
@@ -29,7 +30,8 @@ def compose_plan(arguments: Sequence[str]) -> PlannedStage | PlannedRecipe:
     """
     own, others = _split(arguments)
     plan = _plan_config(own)
-    verb = plan.verb or _verb_of_experiment(others)
+    verbs = (*TRAINING_VERBS, "pipeline")
+    verb = plan.verb or verb_of_experiment(others, verbs, otherwise="which trains nothing to plan") or "pretrain"
     _refuse_mistyped(verb, others)
     return _compose_recipe(plan, others) if verb == "pipeline" else _compose_stage(plan, verb, others)
 
@@ -123,23 +125,6 @@ def _check(plan: PlanConfig):
         yield "plot draws what scaling=true computes: add scaling=true"
     if plan.write_gb_per_second is not None and not plan.write_gb_per_second > 0:
         yield f"write_gb_per_second is {plan.write_gb_per_second}, but must be positive"
-
-
-def _verb_of_experiment(arguments: Sequence[str]) -> str:
-    """The verb whose command the comments of the chosen experiment show; without an experiment, pretrain."""
-    chosen = [a.partition("=")[2] for a in arguments if _key(a) == sources.EXPERIMENT and a.startswith("+")]
-    if not chosen:
-        return "pretrain"
-    name = chosen[-1]
-    verbs = sources.verbs_of_experiment(name)
-    found = [verb for verb in (*TRAINING_VERBS, "pipeline") if verb in verbs]
-    if len(found) == 1:
-        return found[0]
-    if verbs and not found:
-        raise ConfigError(f"experiment {name} is for {', '.join(sorted(verbs))}, which trains nothing to plan")
-    if name not in sources.choices(sources.EXPERIMENT):
-        return "pretrain"  # whose composition refuses the name
-    raise ConfigError(f"experiment {name} does not say whose it is: add verb={'|'.join(TRAINING_VERBS)}")
 
 
 def _refuse_mistyped(verb: str, arguments: Sequence[str]) -> None:

@@ -17,10 +17,10 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="no GPU")
-    for item in items:
-        if HERE in item.path.parents and number_of_gpus() == 0:
-            item.add_marker(skip)
+    ours = [item for item in items if HERE in item.path.parents]
+    if ours and number_of_gpus() == 0:
+        for item in ours:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nemo_align.checkpoint.conversion.origin import GENERATION_CONFIG
+from nemo_align.checkpoint.conversion.origin import GENERATION_CONFIG, generation_settings
 from nemo_align.checkpoint.huggingface.tokenizer_files import CHAT_TEMPLATE_FILE
 from nemo_align.data.chat_template import CHAT_TEMPLATE_JINJA, REWARD_CHAT_TEMPLATE_JINJA, TURN_START
 from nemo_align.data.tokenizer import load_tokenizer
@@ -18,11 +18,15 @@ _OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id", "transforme
 
 
 def not_carried(folder: Path) -> list[str]:
-    """Notes on the chat template and the generation settings of a folder that has a tokenizer."""
+    """Notes on the chat template and the generation settings of a folder that has a tokenizer.
+
+    Raises:
+        ValueError: generation_config.json is damaged.
+    """
     notes = []
     if (template := _template(folder)) and template not in (CHAT_TEMPLATE_JINJA, REWARD_CHAT_TEMPLATE_JINJA):
         notes.append(f"{folder}: its chat template is not carried; an export has that of Nemotron-4")
-    settings = _values(folder / GENERATION_CONFIG)
+    settings = generation_settings(folder)
     lost = [f"{key} {value}" for key, value in settings.items() if key not in _OF_THE_TOKENIZER]
     if stops := _stops_beyond(folder, settings.get("eos_token_id")):
         lost.append(f"eos_token_id {', '.join(map(str, stops))}")
@@ -35,7 +39,11 @@ def _template(folder: Path) -> str | None:
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
         return path.read_text(encoding="utf-8", errors="replace")
-    found = _values(folder / "tokenizer_config.json").get("chat_template")
+    config = folder / "tokenizer_config.json"
+    try:
+        found = json.loads(config.read_bytes())["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # those who need the file say what is wrong
+        return None
     return found if isinstance(found, str) else None
 
 
@@ -47,12 +55,3 @@ def _stops_beyond(folder: Path, ids: object) -> list[int]:
         return []
     tokenizer = load_tokenizer(folder)
     return [stop for stop in found if stop not in (tokenizer.eos_id, tokenizer.find_control_id(TURN_START))]
-
-
-def _values(path: Path) -> dict:
-    """The object in a JSON file; empty where there is none: those who need it say what is wrong with it."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}

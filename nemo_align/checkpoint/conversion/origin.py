@@ -27,18 +27,24 @@ def made_by(folder: Path, record: dict | None, *, is_reward: bool, has_tokenizer
         return source["verb"], step if type(step) is int and step >= 0 else 0
     if is_reward:
         return "reward", 0
-    stops = _stops(folder / GENERATION_CONFIG) if has_tokenizer else []
-    turn_start = load_tokenizer(folder).find_control_id(TURN_START) if stops else None
+    stops = generation_settings(folder).get("eos_token_id") if has_tokenizer else None
+    if not isinstance(stops, list):
+        return "convert", 0
+    turn_start = load_tokenizer(folder).find_control_id(TURN_START)
     return ("convert" if turn_start is None or turn_start not in stops else "sft"), 0
 
 
-def _stops(path: Path) -> list:
-    """eos_token_id where it is a list."""
+def generation_settings(folder: Path) -> dict:
+    """The values of generation_config.json; empty where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / GENERATION_CONFIG
     if not path.is_file():
-        return []
+        return {}
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again, or remove it") from None
-    found = values.get("eos_token_id") if isinstance(values, dict) else None
-    return found if isinstance(found, list) else []
+    return values if isinstance(values, dict) else {}

@@ -9,7 +9,7 @@ import pytest
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
-from tests.child import answer
+from tests.fresh_process import answer
 
 TENSOR, PIPELINE, VIRTUAL, DATA = 8, 12, 8, 64
 WORLD_SIZE = TENSOR * PIPELINE * DATA

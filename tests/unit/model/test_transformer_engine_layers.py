@@ -12,7 +12,7 @@ import pytest
 
 from nemo_align.config.choices import CHOICES
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
-from tests.child import answer
+from tests.fresh_process import answer
 from tests.unit.model.test_dry_run import MODEL_340B
 
 TENSOR, PIPELINE, VIRTUAL = 8, 12, 8

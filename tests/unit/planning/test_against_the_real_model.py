@@ -17,7 +17,7 @@ from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 from nemo_align.planning.activations import chunk_bytes, layer_bytes
 from nemo_align.planning.job import Job, StepWork
 from nemo_align.planning.memory import memory_plan
-from tests.child import answer
+from tests.fresh_process import answer
 
 pytestmark = pytest.mark.full
 

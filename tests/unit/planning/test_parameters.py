@@ -16,7 +16,7 @@ from nemo_align.planning.parameters import (
     stage_parameters,
     total_parameters,
 )
-from tests.child import answer
+from tests.fresh_process import answer
 from tests.unit.model.configs import tiny_model
 
 N340 = read_model("nemotron4_340b")
