@@ -8,35 +8,22 @@ from pathlib import Path
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.dry_run.findings import Findings, Section, number_of_bytes
-from nemo_align.model.counts import count_parameters, padded_vocab_size
+from nemo_align.model.counts import checkpoint_bytes
+from nemo_align.runtime.folders import existing_folder
+from nemo_align.runtime.signal_lead import DEFAULT_SECONDS
 
-# Between SLURM's warning and the time limit, in slurm/train.sbatch.
-WARNING_SECONDS = 600
 
-
-def checkpoint_bytes(config: TrainStageConfig, reward: RewardConfig | None) -> int:
-    """Bytes of one checkpoint with optimizer state: all ranks together, without tokenizer and metadata.
-
-    bf16: 2 of the weight, 4 of its fp32 copy and 8 of the moments. fp32: 4 and 8, and the distributed optimizer writes
-    its copy of the weight too (4).
-    """
-    model = config.model
-    count = count_parameters(model)
-    padding = (padded_vocab_size(model, config.parallel.tensor) - model.vocab_size) * model.hidden_size
-    parameters, fp32_parameters = count.total + 2 * padding, 0
-    if reward is not None:
-        parameters -= count.output + padding
-        fp32_parameters = len(reward.attributes) * (model.hidden_size + reward.head_bias)
-    in_fp32 = 16 if config.parallel.distributed_optimizer else 12
-    per_parameter = 14 if config.precision.dtype == "bf16" else in_fp32
-    return per_parameter * parameters + in_fp32 * fp32_parameters
+def bytes_of_checkpoint(config: TrainStageConfig, reward: RewardConfig | None) -> int:
+    """Bytes of one checkpoint with optimizer state: all ranks together, without tokenizer and metadata."""
+    head = None if reward is None else len(reward.attributes) * (config.model.hidden_size + reward.head_bias)
+    return checkpoint_bytes(config.model, config.parallel, config.precision, reward_head=head)
 
 
 def section(
     config: TrainStageConfig, num_nodes: int, steps: int | None, reward: RewardConfig | None, findings: Findings
 ) -> Section:
     """When checkpoints are written, their size, and the disk that they need at most."""
-    checkpoint, size = config.checkpoint, checkpoint_bytes(config, reward)
+    checkpoint, size = config.checkpoint, bytes_of_checkpoint(config, reward)
     lines = [f"{number_of_bytes(size)} each, with optimizer state, in {config.run_dir}/checkpoints"]
     periodic = 0
     if checkpoint.save_every is None:
@@ -61,8 +48,8 @@ def section(
     most = size * (1 + min(checkpoint.keep_last + 1, periodic))
     lines.append(f"disk at most {number_of_bytes(most)}{_free(Path(config.run_dir))}")
     lines.append(
-        f"to be written within the {WARNING_SECONDS // 60} minutes that slurm/train.sbatch leaves before a time limit: "
-        f"{number_of_bytes(size / WARNING_SECONDS)}/s or more"
+        f"to be written within the {DEFAULT_SECONDS // 60} minutes that slurm/train.sbatch leaves before a time limit: "
+        f"{number_of_bytes(size / DEFAULT_SECONDS)}/s or more"
     )
     if checkpoint.export_hf:
         lines.append(f"at the end also {config.run_dir}/hf for Hugging Face")
@@ -70,5 +57,4 @@ def section(
 
 
 def _free(run_dir: Path) -> str:
-    here = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
-    return f" (free here: {number_of_bytes(shutil.disk_usage(here).free)})"
+    return f" (free here: {number_of_bytes(shutil.disk_usage(existing_folder(run_dir)).free)})"

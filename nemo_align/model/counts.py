@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_align.config.model import ModelConfig
+from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 
 # Tokens of a matrix product that Transformer Engine's FP8 recipes want a multiple of (NVIDIA's kernels).
 FP8_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
@@ -64,6 +65,25 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         layers=model.num_layers * _matrix_weights_of_a_layer(model),
         norms=num_norms * 2 * model.hidden_size,
     )
+
+
+def checkpoint_bytes(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, reward_head: int | None = None
+) -> int:
+    """Bytes of one checkpoint with optimizer state: all ranks together, padding rows included, without small files.
+
+    bf16: 2 of the weight, 4 of its fp32 copy and 8 of the moments. fp32: 4 and 8, and the distributed optimizer writes
+    its copy of the weight too (4). `reward_head`: parameters of a reward model's head, which is fp32 always and stands
+    in place of the output projection; None: a policy.
+    """
+    count = count_parameters(model)
+    padding = (padded_vocab_size(model, parallel.tensor) - model.vocab_size) * model.hidden_size
+    in_fp32 = 16 if parallel.distributed_optimizer else 12
+    per_parameter = 14 if precision.dtype == "bf16" else in_fp32
+    parameters = count.total + 2 * padding
+    if reward_head is None:
+        return per_parameter * parameters
+    return per_parameter * (parameters - count.output - padding) + in_fp32 * reward_head
 
 
 def flops(model: ModelConfig, *, tokens: int, squared_tokens: int, logit_tokens: int, causal: bool = False) -> int:

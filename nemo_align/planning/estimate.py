@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_align.config.stages import PreferenceStageConfig, RewardStageConfig, TrainStageConfig
-from nemo_align.model.counts import flops
+from nemo_align.model.counts import checkpoint_bytes, flops
 from nemo_align.planning import h100
 from nemo_align.planning.job import Job
 from nemo_align.planning.layer_time import layer
 from nemo_align.planning.memory import MemoryPlan, memory_plan
-from nemo_align.planning.parameters import RewardHeadSize, total_parameters
+from nemo_align.planning.parameters import RewardHeadSize
 from nemo_align.planning.step_time import StepTime, step_time
 from nemo_align.planning.workload import step_work
 
@@ -116,8 +116,8 @@ def estimate(
 
 def checkpoint_cost(job: Job, bytes_per_second: float | None = None) -> CheckpointCost:
     """Size, and time to write it. `bytes_per_second`: of the whole job; None: by its nodes."""
-    count = total_parameters(job.model, job.parallel, job.head)
-    size = count * (job.value_bytes + (8 if job.precision.dtype == "fp32" else 12))
+    head = None if job.head is None else job.head.parameters(job.model)
+    size = checkpoint_bytes(job.model, job.parallel, job.precision, reward_head=head)
     nodes = -(-job.world_size // h100.GPUS_PER_NODE)
     rate = bytes_per_second or h100.WRITE_BYTES_PER_SECOND_PER_UNIT * nodes / h100.NODES_PER_UNIT
     return CheckpointCost(size, size / rate, rate)

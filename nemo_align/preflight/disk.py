@@ -11,13 +11,14 @@ from pathlib import Path
 
 from nemo_align.config import build
 from nemo_align.config.stages import RewardStageConfig, TrainStageConfig, WorkerConfig
-from nemo_align.dry_run.checkpoints import checkpoint_bytes
+from nemo_align.dry_run import checkpoints
+from nemo_align.dry_run.findings import number_of_bytes
 from nemo_align.preflight.checks import FAILED, NOTE, OK, WARNING, Check
 from nemo_align.runtime import signal_lead
+from nemo_align.runtime.folders import existing_folder
 
 PROBE_BYTES = 256 * 2**20  # per node: a second or less on what a checkpoint should be written to
 _BLOCK_BYTES = 16 * 2**20
-DEFAULT_LEAD_SECONDS = 600  # of slurm/train.sbatch
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,7 @@ def bytes_of_checkpoint(config: WorkerConfig) -> int | None:
     """Of one with optimizer state; None where nothing is saved, or the model is that of a checkpoint not read yet."""
     if not isinstance(config, TrainStageConfig) or build.missing_keys(config.model):
         return None
-    return checkpoint_bytes(config, config.reward if isinstance(config, RewardStageConfig) else None)
-
-
-def existing_folder(run_dir: str | Path) -> Path:
-    """The run directory, or the nearest folder above it that is there: a check creates nothing that stays."""
-    path = Path(run_dir).absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return checkpoints.bytes_of_checkpoint(config, config.reward if isinstance(config, RewardStageConfig) else None)
 
 
 def look(run_dir: str | Path, label: str, num_bytes: int = PROBE_BYTES) -> Disk:
@@ -65,7 +60,9 @@ def look(run_dir: str | Path, label: str, num_bytes: int = PROBE_BYTES) -> Disk:
     return Disk(str(folder), free, written, time.perf_counter() - begin)
 
 
-def check_disk(disks: Mapping[str, Disk], config: WorkerConfig | None, lead: int = DEFAULT_LEAD_SECONDS) -> Check:
+def check_disk(
+    disks: Mapping[str, Disk], config: WorkerConfig | None, lead: int = signal_lead.DEFAULT_SECONDS
+) -> Check:
     """The nodes' findings against the checkpoints of a run. The rate is that of all nodes writing at the same time.
 
     `lead`: seconds that a job has between the signal and its time limit.
@@ -83,13 +80,14 @@ def check_disk(disks: Mapping[str, Disk], config: WorkerConfig | None, lead: int
     free = min(disk.free_bytes for disk in disks.values())
     rate = sum(disk.written_bytes for disk in disks.values()) / max(max(d.seconds for d in disks.values()), 1e-9)
     first = next(iter(disks.values()))
-    text = f"{first.folder}: {_size(free)} free, {_size(rate)}/s written by {len(disks)} node{'s' * (len(disks) > 1)}"
+    found = f"{number_of_bytes(free)} free, {number_of_bytes(rate)}/s written by {len(disks)} node"
+    text = f"{first.folder}: {found}{'s' * (len(disks) > 1)}"
     size = None if config is None else bytes_of_checkpoint(config)
     if size is None:
         return Check(name="disk", status=OK, text=text)
     assert isinstance(config, TrainStageConfig)
     seconds = size / max(rate, 1.0)
-    text += f"; a checkpoint has {_size(size)}: {seconds:.0f} s"
+    text += f"; a checkpoint has {number_of_bytes(size)}: {seconds:.0f} s"
     if free < size:
         return Check(name="disk", status=FAILED, text=text, remedy="make room, or set run_dir to a larger file system")
     # One is written before the oldest is deleted; the final one stays beside the periodic ones.
@@ -118,10 +116,3 @@ def check_shared(seen: Mapping[str, bool]) -> Check:
         )
     status = OK if len(seen) > 1 else NOTE
     return Check(name="disk", status=status, text=f"{len(seen)} node{'s' * (len(seen) > 1)} see the same files")
-
-
-def _size(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"

@@ -24,6 +24,7 @@ from nemo_align.config.validation import check_data_parallel, check_world_size
 from nemo_align.preflight import disk, node, versions
 from nemo_align.preflight.checks import FAILED, NOTE, OK, WARNING, Check, exit_code, report
 from nemo_align.runtime import launch_environment, local_launch, signal_lead
+from nemo_align.runtime.folders import existing_folder
 from nemo_align.runtime.launch_environment import LaunchEnvironment
 
 _MOST_CPU_WORKERS = 16
@@ -109,7 +110,7 @@ def _run_dir(config: Any) -> str:
 
 def _lead() -> int:
     text = os.environ.get(signal_lead.VARIABLE, "")
-    return int(text) if text.isdecimal() else disk.DEFAULT_LEAD_SECONDS
+    return int(text) if text.isdecimal() else signal_lead.DEFAULT_SECONDS
 
 
 def _slurm() -> Check:
@@ -189,7 +190,7 @@ def _sees_the_same_files(config: Any, rank: int) -> bool:
 
     paths: list[Any] = [None]
     if rank == 0:
-        folder = disk.existing_folder(_run_dir(config))
+        folder = existing_folder(_run_dir(config))
         try:
             with tempfile.NamedTemporaryFile(prefix=".nemo_align_doctor_", dir=folder, delete=False) as file:
                 paths = [file.name]

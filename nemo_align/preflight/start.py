@@ -12,6 +12,7 @@ from nemo_align.preflight import disk, node, versions
 from nemo_align.preflight.checks import FAILED
 from nemo_align.runtime import device, launch_environment, watchdog
 from nemo_align.runtime.agreement import gather
+from nemo_align.runtime.folders import existing_folder
 from nemo_align.runtime.launch_environment import LaunchEnvironment
 from nemo_align.runtime.logs import LOGGER_NAME
 
@@ -58,7 +59,7 @@ def _look_at_room(config: WorkerConfig) -> None:
     """Warn of a disk that the first checkpoint will not fit on. Only then: what is there may be about to be deleted."""
     needed = disk.bytes_of_checkpoint(config)
     if needed is not None:
-        free = shutil.disk_usage(disk.existing_folder(config.run_dir)).free
+        free = shutil.disk_usage(existing_folder(config.run_dir)).free
         if free < needed:
             logger.warning(
                 "run_dir=%s has room for %.3g GB and a checkpoint needs %.3g GB: make room before the first save, or "

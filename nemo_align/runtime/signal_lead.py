@@ -24,6 +24,7 @@ from nemo_align.runtime.logs import LOGGER_NAME
 logger = logging.getLogger(LOGGER_NAME)
 
 VARIABLE = "NEMO_ALIGN_SIGNAL_LEAD"  # slurm/train.sbatch says there what it asked SLURM for, in seconds
+DEFAULT_SECONDS = 600  # slurm/train.sbatch asks for it
 _SAVE_FACTOR, _END_SECONDS = 1.5, 30.0
 
 

@@ -19,6 +19,7 @@ from nemo_align.checkpoint.nemo.open import published_name
 from nemo_align.checkpoint.streaming.tensors import RowSource, pieces_in
 from nemo_align.config.conversion import ConvertConfig
 from nemo_align.config.model_file import read_model
+from nemo_align.runtime.folders import existing_folder
 
 _SAMPLE_BYTES = 256 << 20
 _BLOCK_BYTES = 4 << 20
@@ -90,7 +91,7 @@ def show(target: Target, model: Model | None, config: ConvertConfig) -> None:
 def _disk(target: Target, config: ConvertConfig) -> str:
     if config.target is None:
         return f"disk needed: {target.num_bytes / 1e9:.1f} GB (no target named: free space not compared)"
-    folder = _existing(Path(config.target))
+    folder = existing_folder(config.target)
     free = shutil.disk_usage(folder).free
     verdict = "enough" if free > target.num_bytes else "NOT ENOUGH"
     return f"disk needed: {target.num_bytes / 1e9:.1f} GB; free in {folder}: {free / 1e9:.1f} GB: {verdict}"
@@ -100,7 +101,7 @@ def _time(target: Target, model: Model | None, config: ConvertConfig) -> str:
     """From a sample of the disks: what is read and written by one process, forced to disk."""
     rates = {}
     if config.target is not None:
-        rates["write"] = _write_rate(_existing(Path(config.target)))
+        rates["write"] = _write_rate(existing_folder(config.target))
     if model is not None and (rate := _read_rate(model)) is not None:
         rates["read"] = rate
     if not rates:
@@ -109,10 +110,6 @@ def _time(target: Target, model: Model | None, config: ConvertConfig) -> str:
     seconds = target.num_bytes / min(rates.values())
     measured = ", ".join(f"{name} {rate / 1e6:.0f} MB/s" for name, rate in rates.items())
     return f"time: about {seconds / 60:.0f} minutes ({measured}, from a sample of {_SAMPLE_BYTES >> 20} MiB)"
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
 
 
 def _write_rate(folder: Path) -> float:
