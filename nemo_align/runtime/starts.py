@@ -74,8 +74,12 @@ def _append(run_dir: str | Path, values: dict) -> None:
     path = Path(run_dir) / STARTS_FILE
     with suppress(OSError):  # a record for people: a disk that is full must not end the run, nor hide why it ended
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")
+        with open(path, "ab+") as stream:
+            if stream.tell() > 0:
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # half a line of a process that was killed: it must not take this one along
+                    stream.write(b"\n")
+            stream.write(json.dumps(values).encode() + b"\n")
 
 
 def _now() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nemo_align.checkpoint import store
 from nemo_align.checkpoint.streaming.torch_dist import TensorReader
+from nemo_align.runtime import exit_codes, starts
 from nemo_align.training.metrics import read_metrics
 from tests.distributed.stage_runs import numbers
 from tests.faults import remains
@@ -60,9 +61,12 @@ def outcome(run_dir: Path) -> Outcome:
         reader = TensorReader(newest(run_dir))
         tensors = {name: _tensor_digest(reader, name) for name in reader.names()}
         assert any(name.startswith("optimizer") for name in tensors), "the optimizer's state is compared too"
+    assert starts.read(run_dir)[-1].code == exit_codes.SUCCESS, f"{run_dir} has no record of its end"
     records = read_metrics(run_dir)
-    written = [*sorted((run_dir / "hf").glob("*.safetensors")), *sorted(run_dir.glob("*.jsonl"))]
-    files = {path.name: _digest(path.read_bytes()) for path in written if path.name != "metrics.jsonl"}
+    # One is compared by its records, and one tells what happened to the run.
+    apart = {run_dir / "metrics.jsonl", run_dir / starts.STARTS_FILE}
+    written = [*sorted((run_dir / "hf").glob("*.safetensors")), *sorted(set(run_dir.glob("*.jsonl")) - apart)]
+    files = {path.name: _digest(path.read_bytes()) for path in written}
     return Outcome(tensors, numbers(records, "train"), numbers(records, "validation"), files)
 
 

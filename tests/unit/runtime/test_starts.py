@@ -18,7 +18,7 @@ def test_a_start_under_slurm_and_its_end(tmp_path):
 def test_starts_come_in_their_order_and_a_torn_line_costs_only_itself(tmp_path):
     starts.began(tmp_path, 2, {})
     with open(tmp_path / starts.STARTS_FILE, "a") as stream:
-        stream.write('{"end_time": "2026-0\n')
+        stream.write('{"end_time": "2026-0')
     starts.began(tmp_path, 4, {})
     starts.ended(tmp_path, exit_codes.SUCCESS, "complete")
     first, second = starts.read(tmp_path)
