@@ -9,12 +9,13 @@ import logging
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
+from nemo_align.checkpoint import fp8_histories, sharded_state, store
 from nemo_align.checkpoint import manifest as manifests
-from nemo_align.checkpoint import sharded_state, store
 from nemo_align.checkpoint.architecture import architecture_problems
 from nemo_align.checkpoint.head_and_rows import settle_head, vocabulary_problems
-from nemo_align.checkpoint.keys import EXTRA_STATE, RNG_KEY
+from nemo_align.checkpoint.keys import RNG_KEY
 from nemo_align.checkpoint.layout import layout_problem
 from nemo_align.checkpoint.safe_reading import read_metadata
 from nemo_align.checkpoint.store import CheckpointReference
@@ -54,8 +55,6 @@ def load_weights(
     requested = sharded_state.everyones(sharded_state.requested_shapes(content))
     metadata = read_metadata(reference.path)
     unread = settle_head(reference, requested, metadata.state_dict_metadata, load_head=load_head)
-    # FP8 histories belong to the run that made them, not to its weights.
-    unread |= {key for key in requested if EXTRA_STATE in key}
     requested = {key: value for key, value in requested.items() if key not in unread}
     problems = architecture_problems(
         ModelConfig(**reference.manifest["model"]), sharded_state.bare_model(model_chunks[0])
@@ -93,21 +92,21 @@ def load_training(
     if verify:
         _verify(reference.path, manifest, topology)
     same_layout = manifest["layout"] == topology.layout()
-    content = sharded_state.model_state(model_chunks, sharding)
+    metadata = read_metadata(reference.path)
+    resuming = scheduler is not None
+    content = sharded_state.model_state(model_chunks, sharding, resumed=metadata if resuming else None)
     settings = sharded_state.hyper_parameters(optimizer)
     content["optimizer"] = sharded_state.optimizer_state(optimizer, content, sharding, is_loading=True)
-    metadata = read_metadata(reference.path)
     model = {key: value for key, value in content.items() if key != "optimizer"}
     for part, name in ((model, "model"), ({"optimizer": content["optimizer"]}, "optimizer")):
         requested = sharded_state.everyones(sharded_state.requested_shapes(part))
         if problems := sharded_state.compare(requested, metadata, of=name):
             raise ValueError(f"{reference.path} does not fit the {name}. " + "; ".join(problems))
-    resuming = scheduler is not None
-    if resuming and any(EXTRA_STATE in key for key in metadata.state_dict_metadata):
-        logger.warning("FP8 scaling histories start anew: the first steps differ in rounding from an undisturbed run")
     if resuming and same_layout:
         content[RNG_KEY] = sharded_state.rng_object(None, topology)
     loaded = load_sharded(content, reference.path)
+    if resuming:
+        _restore_histories(loaded, model_chunks, metadata)
     _into_model(loaded, model_chunks)
     if not resuming:
         sharded_state.replace_hyper_parameters(optimizer, loaded["optimizer"], settings)
@@ -162,6 +161,12 @@ def _check_layout(path: Path, manifest: dict, optimizer, topology: Topology) -> 
     if problem := layout_problem(path, manifest, topology.layout(), distributed_optimizer=distributed):
         raise ValueError(problem)
     return manifest["optimizer_sharding"]
+
+
+def _restore_histories(loaded: dict, model_chunks: list[torch.nn.Module], metadata: Metadata) -> None:
+    bare = [sharded_state.bare_model(chunk) for chunk in model_chunks]
+    restored = sum(fp8_histories.restore(chunk, loaded[f"model{index}"]) for index, chunk in enumerate(bare))
+    fp8_histories.report(bare[0], restored, metadata)
 
 
 def _into_model(loaded: dict, model_chunks: list[torch.nn.Module]) -> None:

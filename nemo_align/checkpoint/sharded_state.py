@@ -18,7 +18,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from nemo_align.checkpoint.keys import EXTRA_STATE, RNG_KEY, is_model_key
+from nemo_align.checkpoint import fp8_histories
+from nemo_align.checkpoint.keys import RNG_KEY, is_model_key
 from nemo_align.runtime import device
 from nemo_align.runtime.agreement import gather
 from nemo_align.runtime.topology import Topology
@@ -62,15 +63,24 @@ def sharding_of(optimizer: MegatronOptimizer | None, *, fully: bool) -> str | No
     return "fully_reshardable" if fully else "dp_reshardable"
 
 
-def model_state(model_chunks: list[torch.nn.Module], sharding: str | None) -> dict[str, dict]:
-    """Sharded state of every model chunk: {"model0": {state-dict key: ShardedTensor}, ...}. Data are the parameters."""
+def model_state(
+    model_chunks: list[torch.nn.Module], sharding: str | None, *, resumed: Metadata | None = None
+) -> dict[str, dict]:
+    """Sharded state of every model chunk: {"model0": {state-dict key: ShardedTensor}, ...}. Data are the parameters.
+
+    FP8 histories are in it as far as the modules have some or, with `resumed`, as far as that checkpoint has.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = {}
     for index, chunk in enumerate(model_chunks):
         metadata = {**format_metadata(sharding), "dp_cp_group": group}
-        sharded = bare_model(chunk).sharded_state_dict(metadata=metadata)
-        # Megatron's local layers declare an extra state that is always empty; it would only be noise in the file.
-        state[f"model{index}"] = {key: value for key, value in sharded.items() if not _is_empty_extra(value)}
+        bare = bare_model(chunk)
+        sharded = bare.sharded_state_dict(metadata=metadata)
+        if resumed is None:
+            sharded = fp8_histories.for_saving(bare, sharded)
+        else:
+            sharded = fp8_histories.for_resuming(bare, sharded, resumed)
+        state[f"model{index}"] = sharded
     return state
 
 
@@ -284,13 +294,6 @@ def _zero_padding(state: object) -> None:
                 value.data.zero_()
             else:
                 _zero_padding(value)
-
-
-def _is_empty_extra(value: object) -> bool:
-    if not (isinstance(value, ShardedObject) and EXTRA_STATE in value.key):
-        return False
-    data = value.data
-    return data is None or (isinstance(data, torch.Tensor) and data.numel() == 0)
 
 
 def _some(keys: list[str]) -> str:

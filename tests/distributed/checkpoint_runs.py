@@ -56,7 +56,13 @@ def reward_config(**changes: Any):
 
 
 def build(
-    topology, *, dtype: str = "fp32", distributed_optimizer: bool = True, reward: bool = False, **model: Any
+    topology,
+    *,
+    dtype: str = "fp32",
+    fp8: str = "none",
+    distributed_optimizer: bool = True,
+    reward: bool = False,
+    **model: Any,
 ) -> Run:
     """A model with random weights, its optimizer and schedule."""
     from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
@@ -72,7 +78,7 @@ def build(
         sequence=topology.sequence,
         distributed_optimizer=distributed_optimizer,
     )
-    precision = PrecisionConfig(dtype=dtype)
+    precision = PrecisionConfig(dtype=dtype, fp8=fp8)
     config, head = model_config(**model), reward_config() if reward else None
     chunks = build_model(config, parallel, precision, topology, reward_head=head)
     chunks = wrap_data_parallel(chunks, parallel, precision)
