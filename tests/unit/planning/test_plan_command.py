@@ -53,21 +53,21 @@ def test_the_configuration_can_be_shown():
         ([*PAPER, "parallel.tensr=1"], "did you mean 'parallel.tensor'?"),
         ([*PAPER, "reward.attributes=[a]"], "it belongs to reward"),
         ([*PAPER[:-1]], "train.global_batch_size is missing"),
-        (["model=nemotron4_340b", "train.global_batch_size=8", "parallel=tp8", "gpus=12"], "12 processes cannot form"),
+        (["model=nemotron4_340b", "train.global_batch_size=8", "parallel=tp8", "gpus=12"], "gpus=12 cannot form"),
         (
             [*PAPER[:3], "train.global_batch_size=108"],
             "108 is not divisible by train.micro_batch_size 1 x parallel.data 64",
         ),
         (["+experiment=quickstart/score_code"], "which trains nothing to plan"),
         (["+experiment=quickstart/recipe", "search=true", "gpus=8"], "search= is for one stage"),
-        (["+experiment=quickstart/recipe", "gpus=3"], "code_sft: 3 processes cannot form"),
+        (["+experiment=quickstart/recipe", "gpus=3"], "code_sft: gpus=3 cannot form"),
         (["+experiment=quickstart/nothing"], "unknown experiment"),
         (["verb=convert"], "verb is 'convert', but must be one of pretrain, sft, reward, preference"),
         (["verb=sft", "train.global_batch_size=8"], "no model: choose one with model="),
         ([*PAPER, "gpus=96"], "once"),
         (["gpus=many"], "gpus is 'many', but must be a whole number"),
         (["gpus=0"], "gpus is 0, but must be at least 1"),
-        ([*PAPER[:2], "search=true"], "search=true needs the number of GPUs"),
+        ([*PAPER[:2], PAPER[3], "search=true"], "search=true needs the number of GPUs"),
         ([*PAPER, "search=true", "scaling=true"], "one after the other"),
         ([*PAPER, "plot=a.png"], "add scaling=true"),
         ([*PAPER, "write_gb_per_second=0"], "must be positive"),
@@ -118,6 +118,15 @@ def test_a_recipe_is_a_table_of_its_stages(capsys, tmp_path):
     assert all(f"\n{name} " in printed for name in written)
     assert written["pretrain"]["total"]["steps"] == 220 and written["rpo_3"]["total"] is None
     assert "nothing is trained there: score_code" in printed
+
+
+def test_a_recipe_says_how_large_its_job_is_and_a_cluster_or_the_command_says_otherwise():
+    assert compose("plan", ["+experiment=minitron_4b/pretrain"]).plan.gpus == 8
+    assert compose("plan", ["+experiment=minitron_4b/pretrain", "gpus=32"]).stage.parallel.data == 16
+    recipe = ["+experiment=nemotron4_15b/recipe", "cluster=dgx_h100", "cluster.nodes=4"]
+    for more, expected in (([], 32), (["gpus=16"], 16)):
+        stages = compose("plan", [*recipe, *more]).stages
+        assert {stage.plan.gpus for stage in stages.values()} == {expected}
 
 
 def test_search_and_scaling_are_printed(capsys):
