@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from nemo_align.config.plan import PlannedStage
 from nemo_align.config.stages import ScoreStageConfig, TrainStageConfig, WorkerConfig
+from nemo_align.planning import h100
 from nemo_align.planning.advice import changes_that_fit
 from nemo_align.planning.estimate import job_of
 from nemo_align.planning.job import Job, StepWork
-from nemo_align.planning.memory import TIGHT_FRACTION, forward_only_bytes, memory_plan
+from nemo_align.planning.memory import TIGHT_FRACTION, MemoryPlan, forward_only_bytes, memory_plan
 from nemo_align.planning.parameters import RewardHeadSize
 from nemo_align.planning.workload import stage_length
 
@@ -44,15 +45,21 @@ def fit(config: WorkerConfig, card: float) -> Fit:
         stage = max(range(len(sizes)), key=sizes.__getitem__)
         return Fit(sizes[stage], card, stage, [])
     assert isinstance(config, TrainStageConfig)
-    length = stage_length(PlannedStage(stage=config))
-    size = length.batches[-1].size
-    memory = memory_plan(job_of(config, size, length.lengths, tensor_overlap=False), card=card)
+    memory = stage_memory(config, card)
     found = Fit(memory.largest.total, card, memory.largest_stage, [])
     if found.verdict == "fits":
         return found
     roomy = (1 - TIGHT_FRACTION) * card  # what the model of memory may be wrong by stays free
-    changes = changes_that_fit(config, size, length.lengths, card=roomy)
+    length = stage_length(PlannedStage(stage=config))
+    changes = changes_that_fit(config, length.batches[-1].size, length.lengths, card=roomy)
     return Fit(found.needed, card, found.stage, [" ".join(change.overrides) for change in changes[:_MOST_CHANGES]])
+
+
+def stage_memory(config: TrainStageConfig, card: float = h100.CARD_BYTES) -> MemoryPlan:
+    """Memory of a training stage whose `parallel.data` is set, at its last batch size and with full rows."""
+    length = stage_length(PlannedStage(stage=config))
+    job = job_of(config, length.batches[-1].size, length.lengths, tensor_overlap=False)
+    return memory_plan(job, card=card)
 
 
 def _scoring(config: ScoreStageConfig) -> Job:

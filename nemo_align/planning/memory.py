@@ -43,6 +43,11 @@ class StageMemory:
     def model_states(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.fp8_copies
 
+    @property
+    def tensors(self) -> float:
+        """Without what torch does not allocate for a tensor."""
+        return self.total - self.context - self.nccl - self.fragmentation
+
     def parts(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 

@@ -89,6 +89,8 @@ def test_the_report_says_that_the_papers_layout_fits(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "341,029,195,776 in the model" in printed
     assert "fits on 80 GB" in printed and "MFU 4" in printed
+    assert "activations of one micro-batch: 2.14 GB on a stage, in 8 chunks" in printed
+    assert "of it by transfers between stages" in printed
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["parameters"] == 341_029_195_776
     assert (
@@ -145,11 +147,12 @@ def test_a_plot_is_drawn(tmp_path):
     assert main(["plan", *PAPER, "scaling=true", "plot=scaling.gif"]) == 2
 
 
-def test_a_plan_takes_less_than_two_seconds_and_no_torch(tmp_path):
+@pytest.mark.parametrize("more", [["scaling=true"], ["search=true"]])
+def test_a_plan_takes_less_than_two_seconds_and_no_torch(more, tmp_path):
     """CPU seconds of a whole process, its start included: other work on the machine does not count."""
     code = (
         "import sys, time; from nemo_align.cli import main\n"
-        f"code = main({['plan', *PAPER, 'scaling=true']!r})\n"
+        f"code = main({['plan', *PAPER, *more]!r})\n"
         "heavy = [name for name in ('torch', 'megatron', 'transformers', 'matplotlib') if name in sys.modules]\n"
         "print(code, heavy, time.process_time())"
     )
