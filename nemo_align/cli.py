@@ -137,6 +137,8 @@ def run(verb: str, overrides: list[str]) -> int:
         module, function = _WITHOUT_WORKERS[verb]
         getattr(importlib.import_module(module), function)(config)
         return SUCCESS
+    if not any(text.lstrip("+").startswith("gpus=") for text in overrides):
+        config.gpus = None  # a recipe's, for dry runs and plans: a run takes what it is started on
     return _run_here(verb, config, environment) if environment else _start_workers(verb, config)
 
 
@@ -305,8 +307,10 @@ def _run_here(verb: str, config: Any, environment: LaunchEnvironment) -> int:
     from nemo_align import worker
     from nemo_align.config import run_directory
     from nemo_align.config.compose import to_yaml
+    from nemo_align.config.job_size import check_started
     from nemo_align.config.validation import check_data_parallel, check_world_size
 
+    check_started(config, environment.world_size)
     check_data_parallel(config, check_world_size(config.parallel, environment.world_size))
     run_dir = Path(config.run_dir)
     if environment.rank == 0:
@@ -320,6 +324,7 @@ def _run_here(verb: str, config: Any, environment: LaunchEnvironment) -> int:
 
 def _start_workers(verb: str, config: Any) -> int:
     """A bare command: one worker per GPU; without a GPU, tensor x pipeline x data of them."""
+    from nemo_align.config.job_size import check_started
     from nemo_align.config.run_directory import CONFIG_FILE, exclusive
     from nemo_align.config.validation import check_accelerator, check_data_parallel
     from nemo_align.runtime import local_launch
@@ -330,6 +335,7 @@ def _start_workers(verb: str, config: Any) -> int:
     data = parallel.data or max(1, num_gpus // cell)
     num_workers = cell * data
     _refuse_too_many(num_workers, num_gpus)
+    check_started(config, num_workers)
     check_data_parallel(config, data)
     run_dir = Path(config.run_dir)
     with exclusive(run_dir):

@@ -1,14 +1,14 @@
-"""The tables of docs/plan.md, from the plan's own code.
+"""The tables of docs/plan.md and the figures in its sentences, from the plan's own code.
 
     python tools/plan_tables.py
 
-A test compares them with the page, so the page cannot go stale.
+A test compares all of them with the page, so the page cannot go stale.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,12 +20,17 @@ from bench import published_runs
 
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.model_file import read_model
+from nemo_align.config.plan_stage import compose_plan
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
-from nemo_align.planning import h100
+from nemo_align.planning import activations, h100
+from nemo_align.planning.activations import layer_bytes
 from nemo_align.planning.estimate import Estimate
+from nemo_align.planning.fit import stage_memory
 from nemo_align.planning.job import Job, StepWork
-from nemo_align.planning.memory import memory_plan
+from nemo_align.planning.layer_time import layer, output
+from nemo_align.planning.memory import StageMemory, memory_plan
 from nemo_align.planning.products import efficiency, product_seconds
+from nemo_align.planning.scaling import ScalingRow, scaling
 from nemo_align.planning.step_time import step_time
 
 GPUS, BATCH, LENGTH = 1536, 768, 4096
@@ -96,6 +101,85 @@ def moves() -> Iterator[str]:
             name = ""
 
 
+def papers() -> Iterator[str]:
+    """What Megatron's papers say of a layout beside what the plan says of the 340B."""
+    yield "| | source | paper | plan |"
+    yield "|---|---|---|---|"
+    for pipeline, virtual, rows in ((12, 1, 1), (12, 2, 1), (12, 4, 1), (12, 8, 1), (8, 12, 1), (24, 4, 1), (12, 8, 4)):
+        found = planned(pipeline=pipeline, virtual_pipeline=virtual, rows=rows)
+        count = virtual * found.job.work.micro_batches
+        bubble = (pipeline - 1) / (count + pipeline - 1)
+        what = f"PP {pipeline}, VP {virtual}, micro-batch of {rows}: bubble, of the pipeline's time"
+        shown = f"(p - 1) / (v m + p - 1) = {100 * bubble:.1f} % | {100 * found.time.bubble_fraction:.1f} %"
+        yield f"| {what} | 2104.04473, 2.2 | {shown} |"
+    plain = planned(virtual_pipeline=1)
+    for virtual in (2, 4, 8):
+        factor = 1 + 11 / (12 * virtual)
+        more = planned(virtual_pipeline=virtual).memory.stages[0].activations / plain.memory.stages[0].activations
+        what = f"VP {virtual}: activations of the first stage, times those of VP 1"
+        yield f"| {what} | 2205.05198, 4.2.3 | 1 + (p - 1) / (p v) = {factor:.2f} | {more:.2f} |"
+    faster = plain.time.total / planned().time.total - 1
+    yield f"| VP 8 against VP 1: faster by | 2104.04473, abstract | more than 10 % | {100 * faster:.0f} % |"
+    slower = planned(recompute="full").time.total / planned().time.total - 1
+    yield f"| full recomputation: slower by | 2205.05198, 1 | 30 to 40 % | {100 * slower:.0f} % |"
+    parted = layer_bytes(planned(sequence=False).job) / layer_bytes(planned().job)
+    what = "sequence parallelism at TP 8: a layer's activations, without it over with it"
+    yield f"| {what} | 2205.05198, Table 2 | (10 + 24 / t) / (34 / t) = {(10 + 24 / 8) / (34 / 8):.2f} | {parted:.2f} |"
+
+
+def scaling_tables() -> dict[str, list[str]]:
+    """scaling=true of the 340B: the batch of the report's first row a replica (weak), and in all (strong)."""
+    layout = ["model=nemotron4_340b", "parallel=tp8_pp12", f"gpus={GPUS}", f"train.global_batch_size={BATCH}"]
+    found = scaling(compose_plan(layout).stage, BATCH, None)
+    heads = ("GPUs", "global batch", "micro-batches", "GB", "step, s", "million tokens/s", "MFU", "efficiency")
+    return {f"scaling, {kind}": _scaling(heads, getattr(found, kind)) for kind in ("weak", "strong")}
+
+
+def _scaling(heads: Sequence[str], rows: Sequence[ScalingRow]) -> list[str]:
+    lines, first = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"], None
+    for row in rows:
+        if row.estimate is None:
+            lines.append(f"| {row.gpus:,} | {row.batch_size:,} |{' - |' * (len(heads) - 2)}")
+            continue
+        found = row.estimate
+        rate = found.tokens_per_second_per_gpu
+        first = first or rate
+        memory = f"{found.memory.largest.total / 1e9:.1f}{'' if found.memory.fits else ', does not fit'}"
+        lines.append(
+            f"| {row.gpus:,} | {row.batch_size:,} | {found.job.work.micro_batches:,} | {memory} "
+            f"| {found.time.total:.2f} | {row.gpus * rate / 1e6:.3f} | {100 * found.mfu:.1f} % "
+            f"| {100 * rate / first:.1f} % |"
+        )
+    return lines
+
+
+def statements() -> Iterator[str]:
+    """Figures in the page's sentences, as they stand there."""
+    job = planned().job
+    last, inner = output(job), layer(job)
+    layers = (last.forward.total + last.backward.total) / (inner.forward.total + inner.backward.total)
+    yield f"the output projection is worth {layers:.1f} layers of the 340B"
+    added = product_seconds(9216, 18432, LENGTH, "bf16", 8) / product_seconds(9216, 18432, LENGTH, "bf16") - 1
+    yield f"with 4,096 tokens in a micro-batch that is {100 * added:.0f} % of that product"
+    slower = planned(recompute="full").time.total / planned().time.total - 1
+    yield f"about {100 * slower:.0f} % more time"
+    vp4, vp8 = planned(virtual_pipeline=4), planned()
+    yield f"With VP 4 the plan gives {100 * vp4.mfu:.1f} % in its first row, with VP 8 {100 * vp8.mfu:.1f} %"
+    nvidia = next(run for run in published_runs.RUNS if run.source == published_runs.DGXC)
+    yield f"where the plan gives {published_runs.predict(nvidia).memory.largest.total / 1e9:.0f} GB for its layout"
+    errors = {row["run"]: row["error_percent"] for row in map(published_runs.compare, published_runs.RUNS)}
+    yield f"the 1.7B is predicted {-errors['1.7B, 48 GPUs']:.0f} % too fast"
+    worst = min(error for name, error in errors.items() if "FP8" in name)
+    yield f"is predicted up to {-worst:.0f} % too fast"
+    largest = planned().memory.largest
+    assumed = largest.nccl + largest.context + largest.fragmentation
+    yield f"are assumptions, about {assumed / 1e9:.0f} GB together"
+    late = {key: seconds / _on_h200(*key)[1] - 1 for key, (seconds, _) in MEASURED.items() if key[0] == "340b_rank"}
+    yield f"The bf16 step of the 340B's rank takes {100 * late['340b_rank', 'none']:.0f} % longer than planned"
+    in_fp8 = [error for (_, fp8), error in late.items() if fp8 != "none"]
+    yield f"FP8 steps {100 * min(in_fp8):.0f} to {100 * max(in_fp8):.0f} %"
+
+
 def table_2() -> Iterator[str]:
     yield "| GPUs | global batch | MFU, report | MFU, plan | step, s, report | step, s, plan |"
     yield "|---|---|---|---|---|---|"
@@ -158,27 +242,57 @@ def measured() -> Iterator[str]:
     yield f"| {' | '.join((*heads, 'step, s, plan'))} |"
     yield "|---|---|---|---|---|---|---|"
     for (name, fp8), (seconds, memory) in MEASURED.items():
-        sizes = MEASURED_MODELS[name]
-        model = ModelConfig(name=name, num_layers=4, vocab_size=8192, **sizes)
-        work = StepWork(
-            examples=4,
-            micro_batches=4,
-            tokens=LENGTH,
-            squared_tokens=LENGTH**2,
-            real_tokens=4 * LENGTH,
-            real_squared_tokens=4 * LENGTH**2,
-        )
-        job = Job(model=model, parallel=ParallelConfig(data=1), precision=PrecisionConfig(fp8=fp8), work=work)
-        stage = memory_plan(job).stages[0]
-        held = stage.total - stage.context - stage.nccl - stage.fragmentation
-        scores = 4 * model.num_attention_heads * LENGTH**2 * 2
-        product_seconds.cache_clear()
-        with patch.object(h100, "HBM_BYTES_PER_SECOND", H200_BYTES_PER_SECOND):
-            predicted = step_time(job).total
-        product_seconds.cache_clear()
+        stage, predicted = _on_h200(name, fp8)
+        scores = 4 * MEASURED_MODELS[name]["num_attention_heads"] * LENGTH**2 * 2
         precision = "bf16" if fp8 == "none" else f"FP8 {fp8}"
-        gib = f"{memory} | {held / 2**30:.2f} | {scores / 2**30:.2f}"
+        gib = f"{memory} | {stage.tensors / 2**30:.2f} | {scores / 2**30:.2f}"
         yield f"| {name} | {precision} | {gib} | {seconds} | {predicted:.3f} |"
+
+
+def _on_h200(name: str, fp8: str) -> tuple[StageMemory, float]:
+    """Memory, and seconds of a step, of what ran there."""
+    model = ModelConfig(name=name, num_layers=4, vocab_size=8192, **MEASURED_MODELS[name])
+    work = StepWork(
+        examples=4,
+        micro_batches=4,
+        tokens=LENGTH,
+        squared_tokens=LENGTH**2,
+        real_tokens=4 * LENGTH,
+        real_squared_tokens=4 * LENGTH**2,
+    )
+    job = Job(model=model, parallel=ParallelConfig(data=1), precision=PrecisionConfig(fp8=fp8), work=work)
+    product_seconds.cache_clear()
+    with patch.object(h100, "HBM_BYTES_PER_SECOND", H200_BYTES_PER_SECOND):
+        seconds = step_time(job).total
+    product_seconds.cache_clear()
+    return memory_plan(job).stages[0], seconds
+
+
+# tests/distributed/test_planned_memory.py, which runs them: MB of tensors on ranks 0 and 1 at most.
+QUICKSTART_MEASURED = {
+    "pretrain": (74.4, 74.5),
+    "code_sft": (65.5, 65.4),
+    "reward": (64.4, 30.6),
+    "dpo": (63.7, 63.7),
+    "rpo_3": (74.8, 88.5),
+}
+CPU_LOSS_CHUNK_TOKENS = 32  # of objectives/log_probs.py; the plan has a GPU's
+
+
+def quickstart() -> Iterator[str]:
+    """Memory of the quickstart's stages on a CPU, measured and planned."""
+    yield "| stage | layout | rank | MB, measured | MB, plan | off by |"
+    yield "|---|---|---|---|---|---|"
+    for name, measured in QUICKSTART_MEASURED.items():
+        stage = compose_plan([f"+experiment=quickstart/{name}"]).stage
+        with patch.object(activations, "LOSS_CHUNK_TOKENS", CPU_LOSS_CHUNK_TOKENS):
+            stages = stage_memory(stage).stages
+        parallel = stage.parallel
+        layout = f"TP {parallel.tensor}, PP {parallel.pipeline}, VP {parallel.virtual_pipeline}, DP {parallel.data}"
+        for rank, megabytes in enumerate(measured):
+            planned = stages[rank % len(stages)].tensors / 1e6
+            off = f"{100 * (planned / megabytes - 1):+.1f} %"
+            yield f"| {name} | {layout} | {rank} | {megabytes} | {planned:.1f} | {off} |"
 
 
 def tables() -> dict[str, list[str]]:
@@ -190,6 +304,9 @@ def tables() -> dict[str, list[str]]:
         "products": list(products()),
         "published runs": published_runs.table(),
         "measured": list(measured()),
+        "quickstart": list(quickstart()),
+        "papers": list(papers()),
+        **scaling_tables(),
     }
 
 
@@ -197,6 +314,7 @@ def main() -> None:
     for name, lines in tables().items():
         print(f"### {name}\n")
         print("\n".join(lines), end="\n\n")
+    print("### in sentences\n", *statements(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_align.config import suggest
+from nemo_align.config import build, planned_model, suggest, validation
 from nemo_align.config.errors import ConfigError
 from nemo_align.config.experiment_verb import verb_of_experiment
+from nemo_align.config.stages import WorkerConfig
 
 STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
 _VERBS = (*STAGE_VERBS, "pipeline")
@@ -35,4 +37,21 @@ def stage_of(arguments: Sequence[str]) -> tuple[str | None, Any]:
         verb = verb_of_experiment(others, _VERBS, otherwise="whose machines need no look")
         if verb is None:
             raise ConfigError("doctor needs +experiment=<recipe>/<stage>, or verb=<verb>, to read other keys")
-    return verb, compose(verb, others, check_files=False)
+    config = compose(verb, others, check_files=False)
+    if verb in STAGE_VERBS:
+        _complete(config)
+    return verb, config
+
+
+def _complete(config: WorkerConfig) -> None:
+    """The model of a checkpoint that is still to be written, if it is known which stage will write it."""
+    if not build.missing_keys(config.model) or config.checkpoint.init_from is None:
+        return
+    sizes = planned_model.sizes_of(config.checkpoint.init_from)
+    if sizes is None:
+        return
+    for field in dataclasses.fields(sizes):
+        if getattr(config.model, field.name) == field.default:
+            setattr(config.model, field.name, getattr(sizes, field.name))
+    validation.complete(config, None)
+    validation.validate(config, check_files=False, awaits_checkpoint=config.data.tokenizer is None)

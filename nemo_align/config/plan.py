@@ -12,7 +12,7 @@ class PlanConfig:
     """`nemo-align plan +experiment=... gpus=...`. Every other key is one of the stage's verb."""
 
     verb: str | None = None  # of the stage: pretrain | sft | reward | preference; null: the experiment's, else pretrain
-    gpus: int | None = None  # world size; null: tensor x pipeline x data of the layout (data 1 if that is null)
+    gpus: int | None = None  # size of the job; null: the recipe's, or tensor x pipeline x data (data 1 if null)
     lengths: str | None = None  # token lengths of the rows: .npy, a text file with a row per line, or a cache folder
     exact: bool = False  # count the parameters of the real model on the meta device too (imports torch)
     search: bool = False  # rank the layouts of `gpus` that fit by predicted time

@@ -8,6 +8,7 @@ place, so that all other checks see a whole configuration.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from nemo_align.config import build, overrides, planned_model, schema, sources, 
 from nemo_align.config.choices import CHOICES
 from nemo_align.config.errors import ConfigError
 from nemo_align.config.experiment_verb import verb_of_experiment
+from nemo_align.config.job_size import job_layout, num_nodes
+from nemo_align.config.pipeline import ClusterConfig
 from nemo_align.config.plan import PlanConfig, PlannedRecipe, PlannedStage
-from nemo_align.config.validation import check_data_parallel, check_world_size
 
 TRAINING_VERBS = CHOICES["verb"]
 STAND_IN_STEPS = 10**9  # of a stage whose length nobody gave: longer than any warm-up or decay
@@ -36,16 +38,25 @@ def compose_plan(arguments: Sequence[str]) -> PlannedStage | PlannedRecipe:
     return _compose_recipe(plan, others) if verb == "pipeline" else _compose_stage(plan, verb, others)
 
 
-def _compose_stage(plan: PlanConfig, verb: str, others: Sequence[str]) -> PlannedStage:
+def _compose_stage(
+    plan: PlanConfig, verb: str, others: Sequence[str], cluster: ClusterConfig | None = None
+) -> PlannedStage:
+    """`cluster`: of a recipe, whose jobs have its nodes unless `gpus` is given."""
     from nemo_align.config.compose import compose
 
     stand_ins: list[str] = []
+    if plan.gpus is not None:
+        others = [*others, f"gpus={plan.gpus}"]  # before that of a recipe
     stage = compose(verb, others, check_files=False, fill=lambda tree: stand_ins.extend(_fill(verb, tree)))
-    if not plan.search:  # which chooses the layout itself
-        stage.parallel.data = (
-            stage.parallel.data or 1 if plan.gpus is None else check_world_size(stage.parallel, plan.gpus)
-        )
-        check_data_parallel(stage, stage.parallel.data)
+    if plan.gpus is None and cluster is not None and cluster.kind == "slurm":
+        stage.gpus = math.prod(num_nodes(cluster, stage.parallel))
+    plan.gpus = stage.gpus
+    if plan.search:  # which chooses the layout itself
+        if plan.gpus is None:
+            raise ConfigError("search=true needs the number of GPUs. Example: gpus=1536")
+    else:
+        stage.parallel = job_layout(stage)
+        assert stage.parallel.data is not None
         plan.gpus = stage.parallel.tensor * stage.parallel.pipeline * stage.parallel.data
     return PlannedStage(plan=plan, verb=verb, stage=stage, stand_ins=stand_ins)
 
@@ -72,7 +83,7 @@ def _compose_recipe(plan: PlanConfig, arguments: Sequence[str]) -> PlannedRecipe
         if stage.init_from is not None:
             texts.append(f"checkpoint.init_from={config.run_dir}/{stage.init_from}")
         try:
-            stages[name] = _compose_stage(dataclasses.replace(plan), stage.verb, texts)
+            stages[name] = _compose_stage(dataclasses.replace(plan), stage.verb, texts, config.cluster)
         except ConfigError as error:
             problems += [f"{name}: {line}" for line in str(error).splitlines()]
     if problems:
@@ -117,8 +128,6 @@ def _check(plan: PlanConfig):
     for name in ("gpus", "top"):
         if getattr(plan, name) is not None and getattr(plan, name) < 1:
             yield f"{name} is {getattr(plan, name)}, but must be at least 1"
-    if plan.search and plan.gpus is None:
-        yield "search=true needs the number of GPUs. Example: gpus=1536"
     if plan.search and (plan.scaling or plan.exact):
         yield "search=true chooses a layout, scaling=true and exact=true look at a given one: one after the other"
     if plan.plot is not None and not plan.scaling:

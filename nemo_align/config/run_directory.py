@@ -38,6 +38,7 @@ FREE_KEYS = (
     "data.cache_dir",
     "data.root",  # only where other paths come from, and these are compared
     "data.validation*",
+    "gpus",  # of dry runs and plans
     "dry_run*",
 )
 # Other rounding, the same examples in the same order.

@@ -32,8 +32,8 @@ class WorkerConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: InitialWeightsConfig = field(default_factory=InitialWeightsConfig)
     tracking: PeakConfig = field(default_factory=PeakConfig)
+    gpus: int | None = None  # size of the job for dry_run, plan and doctor; null: of the one that runs, or parallel.*
     dry_run: bool = False  # check everything, print what the run would do, start nothing; needs no GPU and no data
-    dry_run_world_size: int | None = None  # processes of the real job; null: those of this one, or parallel.*
     dry_run_ranks: list[int] | None = None  # ranks to build; null: one of the first, a middle and the last stage
     dry_run_rows: int | None = None  # training rows to reckon with where the files are not on this machine
     dry_run_strict: bool = False  # refuse also what is only not on this machine: data, tokenizer, checkpoint

@@ -84,24 +84,27 @@ def validate(
         raise ConfigError.of(problems)
 
 
-def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
-    """The data-parallel size that `world_size` processes leave.
+def check_world_size(parallel: ParallelConfig, world_size: int, *, named: bool = False) -> int:
+    """The data-parallel size that `world_size` processes leave. `named`: their number is that of the key gpus.
 
     Raises:
         ConfigError: the processes do not form the layout.
     """
     cell = parallel.tensor * parallel.pipeline
     layout = f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}"
+    size = f"gpus={world_size}" if named else f"{world_size} processes"
     if world_size % cell:
         raise ConfigError(
-            f"{world_size} processes cannot form {layout}: start a multiple of {cell}, or choose a layout whose "
-            f"product divides {world_size}"
+            f"{size} cannot form {layout}: {'name' if named else 'start'} a multiple of {cell}, or choose a layout "
+            f"whose product divides {world_size}"
         )
     data = world_size // cell
     if parallel.data not in (None, data):
+        needed = cell * parallel.data
         raise ConfigError(
-            f"{world_size} processes are not {layout} x parallel.data={parallel.data} = {cell * parallel.data}: "
-            f"start {cell * parallel.data}, or set parallel.data={data} (null takes what is left)"
+            f"{size} {'is' if named else 'are'} not {layout} x parallel.data={parallel.data} = {needed}: "
+            f"{f'set gpus={needed}' if named else f'start {needed}'}, or set parallel.data={data} (null takes what is "
+            "left)"
         )
     return data
 
@@ -225,7 +228,7 @@ def _check_process(config: WorkerConfig) -> Iterator[str]:
 
 
 def _check_dry_run(config: WorkerConfig) -> Iterator[str]:
-    for name in ("dry_run_world_size", "dry_run_rows"):
+    for name in ("gpus", "dry_run_rows"):
         value = getattr(config, name)
         if value is not None and value < 1:
             yield f"{name} is {value}, but must be at least 1"

@@ -1,4 +1,4 @@
-"""Where a run would run and go: the size of its world, its run directory, the weights that it starts from."""
+"""Where a run would run and go: its layout, its run directory, the weights that it starts from."""
 
 from __future__ import annotations
 
@@ -10,26 +10,11 @@ from nemo_align.config import run_directory
 from nemo_align.config.compose import to_yaml
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 from nemo_align.config.stages import TrainStageConfig, WorkerConfig
-from nemo_align.config.validation import check_data_parallel, check_world_size
 from nemo_align.dry_run.findings import Findings, Section
 from nemo_align.runtime.topology import Topology
 from nemo_align.training.result import read_result
 
 GPUS_PER_NODE = 8
-
-
-def world(config: WorkerConfig, launched: int | None) -> ParallelConfig:
-    """The layout with its data-parallel size. `launched`: processes of the job that this one belongs to.
-
-    Raises:
-        ConfigError: the processes do not form the layout, or cannot share the batches.
-    """
-    parallel = config.parallel
-    cell = parallel.tensor * parallel.pipeline
-    size = config.dry_run_world_size or launched or cell * (parallel.data or 1)
-    data = check_world_size(parallel, size)
-    check_data_parallel(config, data)
-    return ParallelConfig(**{**vars(parallel), "data": data})
 
 
 def num_nodes(parallel: ParallelConfig) -> int:

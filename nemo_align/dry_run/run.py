@@ -12,6 +12,7 @@ from pathlib import Path
 from nemo_align.config import build
 from nemo_align.config.data import RowsConfig
 from nemo_align.config.errors import ConfigError
+from nemo_align.config.job_size import job_layout
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.runtime import ParallelConfig
 from nemo_align.config.stages import (
@@ -56,7 +57,7 @@ def dry_run(verb: str, config: WorkerConfig, *, launched: int | None = None, wri
             f"the model is that of checkpoint.init_from={config.checkpoint.init_from}, which is not on this machine: "
             "name it for the dry run, model=<name>"
         )
-    parallel = place.world(config, launched)
+    parallel = job_layout(config, launched)
     reward = _reward(config)
     count = count_parameters(config.model)
     sections = [

@@ -11,9 +11,9 @@ from typing import Any
 
 from nemo_align.config.build import missing_keys
 from nemo_align.config.compose import ConfigError, to_yaml
+from nemo_align.config.job_size import num_nodes
 from nemo_align.config.pipeline import ClusterConfig
 from nemo_align.pipeline.chain import Stage
-from nemo_align.pipeline.slurm import num_nodes
 
 
 def run(run_dir: Path, stages: list[Stage], configs: Mapping[str, Any], cluster: ClusterConfig) -> int:
@@ -35,7 +35,7 @@ def run(run_dir: Path, stages: list[Stage], configs: Mapping[str, Any], cluster:
         for stage in stages:
             if cluster.kind == "slurm":
                 nodes, tasks = num_nodes(cluster, configs[stage.name].parallel)
-                configs[stage.name].dry_run_world_size = nodes * tasks
+                configs[stage.name].gpus = nodes * tasks
             path = Path(folder) / f"{stage.name}.yaml"
             path.write_text(to_yaml(configs[stage.name]), encoding="utf-8")
             arguments += [stage.verb, str(path)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_align.config.compose import ConfigError, compose
+from nemo_align.config.job_size import num_nodes
 from nemo_align.config.pipeline import PipelineConfig
 from nemo_align.config.run_directory import exclusive
 from nemo_align.pipeline import dry_runs, slurm
@@ -147,7 +148,7 @@ def _submit(
         argv = slurm.submission(
             stage, parallel, config.cluster, pipeline=config.experiment, after=[jobs[name].id for name in after]
         )
-        nodes, _ = slurm.num_nodes(config.cluster, parallel)
+        nodes, _ = num_nodes(config.cluster, parallel)
         jobs[stage.name] = slurm.Job(slurm.submit(argv, config.cluster), nodes, after)
         record = manifest[stage.name]
         record.status, record.job_id, record.reason = "pending", jobs[stage.name].id, None

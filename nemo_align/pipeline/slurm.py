@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_align.config.job_size import num_nodes
 from nemo_align.config.pipeline import ClusterConfig
 from nemo_align.pipeline.chain import Stage
 from nemo_align.runtime import signal_lead
@@ -26,27 +27,6 @@ def script(name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: start from a checkout, or reinstall the package")
     return path
-
-
-def num_nodes(cluster: ClusterConfig, parallel: Any) -> tuple[int, int]:
-    """(nodes, tasks per node) of a stage with the layout `parallel` (ParallelConfig).
-
-    Raises ValueError if the layout does not fill whole nodes.
-    """
-    per_node = cluster.tasks_per_node or cluster.gpus_per_node
-    assert per_node is not None, "validated: one of both is given"
-    cell = parallel.tensor * parallel.pipeline
-    if parallel.data is None and cluster.nodes is not None:
-        return cluster.nodes, per_node
-    world_size = cell * (parallel.data or 1)
-    if world_size <= per_node:
-        return 1, world_size
-    if world_size % per_node:
-        raise ValueError(
-            f"parallel.tensor x pipeline x data = {world_size} workers do not fill nodes of {per_node}: choose "
-            "parallel.data so that they do"
-        )
-    return world_size // per_node, per_node
 
 
 def submission(

@@ -19,7 +19,7 @@ from nemo_align.model.counts import head_dim, padded_vocab_size
 from nemo_align.planning.job import Job
 
 # Tokens of a chunk of the loss (objectives/log_probs.py on a GPU), two fp32 buffers of which live at a time.
-_LOSS_CHUNK_TOKENS = 512
+LOSS_CHUNK_TOKENS = 512
 
 
 def layer_parts(job: Job) -> dict[str, float]:
@@ -77,6 +77,6 @@ def output_bytes(job: Job) -> float:
         return norm + 4 * tokens * model.hidden_size + 4 * tokens * job.head.attributes
     columns = padded_vocab_size(model, job.parallel.tensor) // job.parallel.tensor
     gathered = tokens * e * model.hidden_size if job.parallel.sequence else 0.0
-    chunk = 2 * 4 * min(tokens, _LOSS_CHUNK_TOKENS) * columns
+    chunk = 2 * 4 * min(tokens, LOSS_CHUNK_TOKENS) * columns
     copies = 2 if job.work.rows > 1 else 1
     return norm + gathered + copies * tokens * e * columns + chunk

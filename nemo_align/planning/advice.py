@@ -28,9 +28,15 @@ class Change:
 
 
 def changes_that_fit(
-    stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None, *, tensor_overlap: bool = False
+    stage: TrainStageConfig,
+    batch_size: int,
+    lengths: np.ndarray | None,
+    *,
+    tensor_overlap: bool = False,
+    card: float = h100.CARD_BYTES,
 ) -> list[Change]:
-    """Changes under which the stage fits, by GPUs needed and then by throughput; nothing if no two keys are enough."""
+    """Changes under which the stage fits on GPUs of `card` bytes, by GPUs needed and then by throughput; nothing if no
+    two keys are enough."""
     singles = list(_changes(stage))
     for tried in (([change] for change in singles), map(list, itertools.combinations(singles, 2))):
         found = []
@@ -45,11 +51,11 @@ def changes_that_fit(
                 if problems(changed):
                     continue
                 job = job_of(changed, batch_size, lengths, tensor_overlap=tensor_overlap)
-                if memory_plan(job).fits:
+                if memory_plan(job, card=card).fits:
                     found.append((keys, changed))
         if found:
             fitting = [
-                Change(_overrides(keys), estimate(changed, batch_size, lengths, tensor_overlap=tensor_overlap))
+                Change(_overrides(keys, changed), estimate(changed, batch_size, lengths, tensor_overlap=tensor_overlap))
                 for keys, changed in found
             ]
             fitting.sort(key=lambda c: (c.estimate.job.world_size, -c.estimate.tokens_per_second_per_gpu))
@@ -95,5 +101,10 @@ def _larger_divisors(layers: int, pipeline: int, virtual: int) -> list[int]:
     return [p for p in range(pipeline + 1, 4 * pipeline + 1) if layers % (p * virtual) == 0]
 
 
-def _overrides(keys: dict[str, Any]) -> list[str]:
-    return [f"{name.replace('__', '.')}={str(value).lower()}" for name, value in keys.items()]
+def _overrides(keys: dict[str, Any], changed: TrainStageConfig) -> list[str]:
+    """As on the command line; with the new size of the job where the stage names one."""
+    parallel = changed.parallel
+    assert parallel.data is not None
+    size = parallel.tensor * parallel.pipeline * parallel.data
+    named = [f"gpus={size}"] if changed.gpus not in (None, size) else []
+    return [f"{name.replace('__', '.')}={str(value).lower()}" for name, value in keys.items()] + named

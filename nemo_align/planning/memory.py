@@ -43,6 +43,11 @@ class StageMemory:
     def model_states(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.fp8_copies
 
+    @property
+    def tensors(self) -> float:
+        """Without what torch does not allocate for a tensor."""
+        return self.total - self.context - self.nccl - self.fragmentation
+
     def parts(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
@@ -77,8 +82,9 @@ class MemoryPlan:
         return "tight" if self.largest.total > (1 - TIGHT_FRACTION) * self.card else "fits"
 
 
-def memory_plan(job: Job, *, reference_pass: bool = False) -> MemoryPlan:
-    """Memory of every stage. `reference_pass`: the stage computes log-probabilities of a reference before training."""
+def memory_plan(job: Job, *, reference_pass: bool = False, card: float = h100.CARD_BYTES) -> MemoryPlan:
+    """Memory of every stage, on GPUs of `card` bytes. `reference_pass`: the stage computes log-probabilities of a
+    reference before training."""
     pipeline = job.parallel.pipeline
     in_flight = [
         chunks_in_flight(stage, pipeline, job.parallel.virtual_pipeline, job.work.micro_batches)
@@ -87,11 +93,16 @@ def memory_plan(job: Job, *, reference_pass: bool = False) -> MemoryPlan:
     stages = [_stage(job, stage, in_flight[stage]) for stage in range(pipeline)]
     return MemoryPlan(
         stages=stages,
-        card=h100.CARD_BYTES,
+        card=card,
         activations_per_micro_batch=job.parallel.virtual_pipeline * chunk_bytes(job),
         in_flight=in_flight,
-        reference_pass=max(_forward_only(job, memory) for memory in stages) if reference_pass else None,
+        reference_pass=max(_forward_only(memory) for memory in stages) if reference_pass else None,
     )
+
+
+def forward_only_bytes(job: Job) -> list[float]:
+    """Of every stage, where nothing is trained: scoring, and the reference pass."""
+    return [_forward_only(_stage(job, stage, 0)) for stage in range(job.parallel.pipeline)]
 
 
 def _stage(job: Job, stage: int, in_flight: int) -> StageMemory:
@@ -127,7 +138,7 @@ def _num_groups(job: Job) -> int:
     return sum(size > 1 for size in sizes)
 
 
-def _forward_only(job: Job, memory: StageMemory) -> float:
+def _forward_only(memory: StageMemory) -> float:
     """Nothing is kept for a backward pass; the buffers for gradients and the optimizer's state do not exist yet."""
     kept = memory.weights + memory.fp8_copies + memory.logits_and_loss + memory.nccl + memory.context
     return kept + memory.working * (1 + h100.FRAGMENTATION)

@@ -37,9 +37,9 @@ def draw_scaling(scaling: Scaling, planned: PlannedStage) -> None:
     rate.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens per second")
     utilisation.set(xscale="log", xlabel="GPUs", ylabel="MFU, %")
     utilisation.set_ylim(0, 1.1 * utilisation.get_ylim()[1])
-    for axes in (rate, utilisation):
+    for axes, place in ((rate, "upper left"), (utilisation, "lower left")):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc=place)
     figure.suptitle(f"{planned.stage.model.name}, predicted for DGX H100")
     try:
         figure.savefig(path, dpi=150)

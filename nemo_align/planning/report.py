@@ -62,15 +62,15 @@ def print_recipe(planned: PlannedRecipe, results: dict[str, PlanResult]) -> None
             seconds, hours = seconds + total.seconds, hours + total.gpu_hours
         length = ("-", "-", "-")
         if total is not None:
-            length = (f"{total.steps:,}", _duration(total.seconds), f"{total.gpu_hours:,.2f}")
+            length = (f"{total.steps:,}", _duration(total.seconds), _hours(total.gpu_hours))
         table.add_row(
-            name, result.planned.verb, f"{main.job.world_size:,}", _layout(main.job),
+            name, result.planned.verb, f"{main.job.world_size:,}", _short_layout(main.job),
             f"{result.length.batches[-1].size:,}", _gigabytes(main.memory.largest.total), main.memory.verdict,
             f"{main.time.total:.3f}", f"{main.tokens_per_second_per_gpu:,.1f}", _percent(main.mfu), *length,
         )  # fmt: skip
     console.print(table)
     unknown = [name for name, result in results.items() if result.total is None]
-    console.print(f"together: {_duration(seconds)}, {hours:,.2f} GPU-hours, one stage after the other")
+    console.print(f"together: {_duration(seconds)}, {_hours(hours)} GPU-hours, one stage after the other")
     if unknown:
         console.print(f"note: nobody said how many rows or steps these have: {', '.join(unknown)}", soft_wrap=True)
     if planned.left_out:
@@ -144,6 +144,13 @@ def _layout(job: Job) -> str:
     return layout + (f", recompute {parallel.recompute}" if parallel.recompute != "none" else "")
 
 
+def _short_layout(job: Job) -> str:
+    parallel = job.parallel
+    layout = f"TP{parallel.tensor} PP{parallel.pipeline} VP{parallel.virtual_pipeline} DP{job.data}"
+    layout += " SP" if parallel.sequence else ""
+    return layout + (f", {parallel.recompute} recompute" if parallel.recompute != "none" else "")
+
+
 def _parameters(result: PlanResult) -> Table:
     job = result.main.job
     names = ["layers", "embedding", "output", "norms", *(["head"] if job.head else [])]
@@ -198,6 +205,11 @@ def _print_verdict(console: Console, result: PlanResult) -> None:
     style = {"fits": "green", "tight": "yellow", "does not fit": "red"}[memory.verdict]
     said = {"fits": "fits on 80 GB", "tight": "fits on 80 GB, but tight", "does not fit": "does NOT fit on 80 GB"}
     console.print(f"[{style}]{said[memory.verdict]}[/{style}]: {largest}, the card has {_gigabytes(memory.card)}")
+    chunks = result.main.job.parallel.virtual_pipeline
+    console.print(
+        f"activations of one micro-batch: {_gigabytes(memory.activations_per_micro_batch)} GB on a stage"
+        f"{f', in {chunks} chunks' if chunks > 1 else ''}"
+    )
     if memory.reference_pass is not None:
         console.print(
             f"reference pass before training: {_gigabytes(memory.reference_pass)} GB (the same weights, no gradients "
@@ -238,6 +250,9 @@ def _time(estimate: Estimate) -> Table:
             table.add_row(label, f"{seconds:.3f}", _percent(seconds / time.total))
     table.add_row("[bold]step[/bold]", f"[bold]{time.total:.3f}[/bold]", "")
     if estimate.job.parallel.pipeline > 1:
+        table.add_row(
+            "of it by transfers between stages", f"{time.transfers:.3f}", _percent(time.transfers / time.total)
+        )
         table.add_row("of it by uneven stages (embedding, output)", f"{time.imbalance:.3f}", _percent(time.imbalance / time.total))  # fmt: skip  # noqa: E501
     if time.recomputed > 0:
         table.add_row("of it by recomputation", f"{time.recomputed:.3f}", _percent(time.recomputed / time.total))
@@ -340,6 +355,10 @@ def _gigabytes(num_bytes: float) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.2f}"
 
 
 def _duration(seconds: float) -> str:

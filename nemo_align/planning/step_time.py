@@ -32,6 +32,7 @@ class StepTime:
     tensor: float
     host: float
     waiting: float  # bubble, transfers between stages and waiting for a slower stage, on the busiest rank
+    transfers: float  # how much longer the step is than if activations reached the next stage at once
     imbalance: float  # how much longer the step is than with stages that all took the mean
     recomputed: float  # part of the above that recomputation repeats
     gradient_reduce: float  # exposed
@@ -74,6 +75,7 @@ def step_time(job: Job) -> StepTime:
         tensor=count * parts.tensor,
         host=count * parts.host,
         waiting=max(0.0, pipeline - count * busy[busiest]),
+        transfers=max(0.0, pipeline - step_seconds(times, count, 0.0)),
         imbalance=max(0.0, pipeline - step_seconds(even, count, transfer)),
         recomputed=count * recomputed,
         gradient_reduce=_exposed_reduce(job, times),

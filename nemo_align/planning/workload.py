@@ -66,18 +66,17 @@ def stage_length(planned: PlannedStage) -> StageLength:
     size, segments = train.global_batch_size, segments_of(stage)
     assert stage.data.sequence_length is not None
     if planned.plan.lengths is None:
-        steps = train.max_steps if "train.max_steps" not in planned.stand_ins else None
-        if train.epochs is not None and steps is None:
-            steps = None  # nobody knows the number of rows
-        rows = np.full((size, segments), stage.data.sequence_length, dtype=np.int64)
-        return StageLength([Batches(size, steps)], rows, _ASSUMED)
-    lengths = fitted(read_lengths(Path(planned.plan.lengths), segments), stage.data)
+        lengths = np.full((size, segments), stage.data.sequence_length, dtype=np.int64)
+        number, assumption = stage.dry_run_rows, _ASSUMED
+    else:
+        lengths = fitted(read_lengths(Path(planned.plan.lengths), segments), stage.data)
+        number, assumption = len(lengths), None
     steps = None
-    if train.epochs is not None:
-        steps = -(-max(1, round(train.epochs * len(lengths))) // size)
+    if train.epochs is not None and number is not None:
+        steps = -(-max(1, round(train.epochs * number)) // size)
     if train.max_steps is not None and "train.max_steps" not in planned.stand_ins:
         steps = train.max_steps if steps is None else min(steps, train.max_steps)
-    return StageLength([Batches(size, steps)], lengths, None)
+    return StageLength([Batches(size, steps)], lengths, assumption)
 
 
 def step_work(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None) -> StepWork:

@@ -14,7 +14,7 @@ OK, NOTE, WARNING, FAILED = "ok", "note", "warning", "failed"
 class Check:
     """One line of the report. A check that failed has a remedy."""
 
-    name: str  # versions, apex, driver, GPUs, disk, files, links, configuration
+    name: str  # versions, apex, driver, GPUs, plan, disk, files, links, configuration
     status: str  # ok | note (nothing to judge here) | warning | failed
     text: str
     remedy: str | None = None

@@ -8,21 +8,24 @@ ranks of a job: those of srun or torchrun, or workers that the command starts, o
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_align.config.doctor import stage_of
 from nemo_align.config.errors import ConfigError
+from nemo_align.config.job_size import num_nodes
 from nemo_align.config.runtime import ParallelConfig, RuntimeConfig
 from nemo_align.config.validation import check_data_parallel, check_world_size
 from nemo_align.preflight import disk, node, versions
 from nemo_align.preflight.checks import FAILED, NOTE, OK, WARNING, Check, exit_code, report
+from nemo_align.preflight.fit import check_fit
 from nemo_align.runtime import launch_environment, local_launch, signal_lead
 from nemo_align.runtime.folders import existing_folder
 from nemo_align.runtime.launch_environment import LaunchEnvironment
@@ -33,9 +36,10 @@ _TIMEOUT_MINUTES = 5.0  # of a collective: a link that hangs is found, not waite
 
 def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int:
     """Print the report; returns SUCCESS, or USER_ERROR if a check failed. `environment`: of this rank of a job."""
-    configuration, config = _configuration(arguments)
+    configuration, stages = _configuration(arguments)
+    config = _largest(stages)
     if environment is not None:
-        return _on_ranks(configuration, config, environment)
+        return _on_ranks(configuration, stages, environment)
     gpus = local_launch.number_of_gpus()
     workers = _num_workers(config, gpus)
     if workers > 1:
@@ -48,6 +52,7 @@ def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int
         versions=found,
         gpus=gpus,
         ranks=1,
+        memory=None if driver is None else driver.memory,
         missing=[] if config is None else node.missing_files(config),
     )
     checks = [
@@ -56,6 +61,7 @@ def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int
         versions.check_driver(found, driver),
         versions.check_apex(),
         *node.check_nodes([here]),
+        *_plans(stages, here.memory),
         disk.check_disk({here.name: disk.look(_run_dir(config), here.name)}, config, _lead()),
         _slurm(),
         Check(
@@ -66,30 +72,43 @@ def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int
     return exit_code(checks)
 
 
-def _configuration(arguments: Sequence[str]) -> tuple[list[Check], Any]:
-    """Whether the configuration is valid, and the stage that the machines are looked at for, if there is one."""
+def _configuration(arguments: Sequence[str]) -> tuple[list[Check], dict[str, Any]]:
+    """Whether the configuration is valid, and the stages that the machines are looked at for, by name."""
     try:
         verb, config = stage_of(arguments)
         if verb is None:
-            return [Check(name="configuration", status=NOTE, text="none given (+experiment=<recipe>/<stage>)")], None
+            return [Check(name="configuration", status=NOTE, text="none given (+experiment=<recipe>/<stage>)")], {}
         if verb == "pipeline":
             return _recipe(config)
-        return [Check(name="configuration", status=OK, text=f"{config.experiment} ({verb})")], config
+        valid = Check(name="configuration", status=OK, text=f"{config.experiment} ({verb})")
+        return [valid], {config.experiment: config}
     except ConfigError as error:
         remedy = "as the message says; nemo-align <verb> --help lists the keys"
-        return [Check(name="configuration", status=FAILED, text=str(error), remedy=remedy)], None
+        return [Check(name="configuration", status=FAILED, text=str(error), remedy=remedy)], {}
 
 
-def _recipe(config: Any) -> tuple[list[Check], Any]:
-    """All stages, files included; the largest stage for the rest."""
+def _recipe(config: Any) -> tuple[list[Check], dict[str, Any]]:
+    """All stages, each with the size of its job where a cluster gives that; the largest stands for what follows."""
     from nemo_align.pipeline.chain import build_chain, compose_chain
     from nemo_align.pipeline.resume import is_complete
 
     stages = build_chain(config)
     configs = compose_chain(stages, {stage.name for stage in stages if is_complete(stage)}, check_files=False)
-    largest = max(configs.values(), key=lambda stage: _ranks_needed(stage.parallel))
-    text = f"{config.experiment}: {len(stages)} stages; the largest, {largest.experiment}, stands for them below"
-    return [Check(name="configuration", status=OK, text=text)], largest
+    if config.cluster.kind == "slurm":
+        for stage in configs.values():
+            stage.gpus = math.prod(num_nodes(config.cluster, stage.parallel))
+    text = f"{config.experiment}: {len(stages)} stages; the largest, {_largest(configs).experiment}, stands for them"
+    return [Check(name="configuration", status=OK, text=f"{text} below, but for the plan")], configs
+
+
+def _largest(stages: Mapping[str, Any]) -> Any:
+    """The stage that needs most ranks; None without stages."""
+    return max(stages.values(), key=lambda stage: _ranks_needed(stage.parallel), default=None)
+
+
+def _plans(stages: Mapping[str, Any], memory: int | None, started: int | None = None) -> list[Check]:
+    """A line for each stage, on GPUs of `memory` bytes."""
+    return [check_fit(name, config, memory, started) for name, config in stages.items()]
 
 
 def _ranks_needed(parallel: ParallelConfig) -> int:
@@ -124,20 +143,21 @@ def _slurm() -> Check:
     return Check(name="SLURM", status=OK, text=f"{sum(map(int, done.stdout.split()))} nodes")
 
 
-def _on_ranks(configuration: list[Check], config: Any, environment: LaunchEnvironment) -> int:
+def _on_ranks(configuration: list[Check], stages: Mapping[str, Any], environment: LaunchEnvironment) -> int:
     """The checks of all nodes and of the links between them; rank 0 prints, all return the same code."""
     from nemo_align.preflight import links
     from nemo_align.preflight.start import here
     from nemo_align.runtime import device, logs, topology
     from nemo_align.runtime.agreement import gather, on_main
 
+    config = _largest(stages)
     logs.quiet_libraries()
     device.install()
     parallel, layout = _layout(config, environment)
     grid = topology.initialize(parallel, RuntimeConfig(distributed_timeout_minutes=_TIMEOUT_MINUTES), environment)
     driver = versions.driver() if environment.local_rank == 0 else None
     mine = here(config, environment)
-    mine.versions.update({"driver": driver["driver"]} if driver else {})
+    mine.versions.update({"driver": driver.version} if driver else {})
     disks = gather((mine.name, disk.look(_run_dir(config), str(grid.rank))) if environment.local_rank == 0 else None)
     sees = _sees_the_same_files(config, grid.rank)
     rates = links.measure(grid, mine.name)
@@ -147,14 +167,18 @@ def _on_ranks(configuration: list[Check], config: Any, environment: LaunchEnviro
     def judge() -> int:
         leaders = [entry for local_rank, entry, _ in everyone if local_rank == 0]
         found = {name: version for name, version in mine.versions.items() if name != "driver"}
+        own = (
+            *versions.check_versions(found, gpus=mine.gpus),
+            versions.check_apex(),
+        )
         checks = [
             *configuration,
-            *versions.check_versions(found, gpus=mine.gpus),
-            versions.check_driver(found, driver),
-            versions.check_apex(),
+            *(check for check in own if check.status != FAILED),  # the others come from every node, named
+            versions.check_driver(found, driver, works=mine.gpus > 0),
             *node.check_nodes(leaders),
             disk.check_disk(dict(entry for entry in disks if entry is not None), config, _lead()),
             disk.check_shared({f"{entry.name}": saw for local_rank, entry, saw in everyone if local_rank == 0}),
+            *_plans(stages, node.smallest_memory([entry for _, entry, _ in everyone]), environment.world_size),
             *layout,
             *links.judge(rates, accelerator),
         ]

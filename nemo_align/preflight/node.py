@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_align.config.stages import WorkerConfig
 from nemo_align.config.validation_data import check_data
-from nemo_align.preflight.checks import FAILED, NOTE, OK, Check
+from nemo_align.preflight.checks import FAILED, NOTE, OK, WARNING, Check
 
 _MOST_NAMED = 8
 
@@ -21,7 +22,9 @@ class Node:
     versions: dict[str, str]
     gpus: int  # that this rank sees
     ranks: int  # of the job on this node
+    memory: int | None = None  # bytes that torch can give on this rank's GPU; None on a CPU
     missing: list[str] = field(default_factory=list)  # what the configuration names and the node does not have
+    wrong: list[Check] = field(default_factory=list)  # of its packages and its driver, whatever the other nodes have
 
 
 def missing_files(config: WorkerConfig) -> list[str]:
@@ -37,6 +40,7 @@ def missing_files(config: WorkerConfig) -> list[str]:
 def check_nodes(nodes: list[Node], *, only_differences: bool = False) -> Iterator[Check]:
     """The ranks' views against each other. `only_differences`: not of files that no node has, which the configuration's
     own check has named."""
+    yield from _wrong_alone(nodes)
     yield from _same_versions(nodes)
     yield _enough_gpus(nodes)
     lacking = {node.name: node.missing for node in nodes if node.missing}
@@ -50,6 +54,22 @@ def check_nodes(nodes: list[Node], *, only_differences: bool = False) -> Iterato
         yield Check(name="files", status=FAILED, text=f"{problem}{on}", remedy=remedy)
 
 
+def smallest_memory(nodes: list[Node]) -> int | None:
+    """Bytes of the smallest GPU; None on CPUs."""
+    return min((node.memory for node in nodes if node.memory is not None), default=None)
+
+
+def _wrong_alone(nodes: list[Node]) -> Iterator[Check]:
+    """What each node found wrong with itself, once, with the nodes where it is not all of them."""
+    everywhere = len({node.name for node in nodes})
+    found: dict[Check, list[str]] = {}
+    for node in nodes:
+        for check in node.wrong:
+            found.setdefault(check, []).append(node.name)
+    for check, names in found.items():
+        yield check if len(set(names)) == everywhere else replace(check, text=f"{check.text} (on {_named(names)})")
+
+
 def _same_versions(nodes: list[Node]) -> Iterator[Check]:
     for package in dict.fromkeys(package for node in nodes for package in node.versions):
         found: dict[str, list[str]] = {}
@@ -58,11 +78,14 @@ def _same_versions(nodes: list[Node]) -> Iterator[Check]:
         if len(found) > 1:
             common = max(found, key=lambda version: len(found[version]))
             odd = "; ".join(f"{version} on {_named(names)}" for version, names in found.items() if version != common)
+            remedy = "one environment for all nodes: the same folder or image (NEMO_ALIGN_PYTHON, cluster.python)"
+            if package == "driver":  # several run, while a cluster is brought up to date
+                remedy = "ask for the same driver on all nodes; NCCL is tested with one"
             yield Check(
                 name="versions",
-                status=FAILED,
+                status=WARNING if package == "driver" else FAILED,
                 text=f"{package} differs: {common} on most nodes, {odd}",
-                remedy="one environment for all nodes: the same folder or image (NEMO_ALIGN_PYTHON, cluster.python)",
+                remedy=remedy,
             )
 
 
@@ -84,7 +107,16 @@ def _enough_gpus(nodes: list[Node]) -> Check:
             remedy=f"leave it out (sbatch --exclude={','.join(list(short)[:_MOST_NAMED])}); nvidia-smi there says what "
             "became of the GPU",
         )
-    return Check(name="GPUs", status=OK, text=f"{max(seen)} seen by each rank, {nodes[0].ranks} ranks on a node")
+    usual = statistics.mode(node.gpus for node in nodes)
+    fewer = {node.name: node.gpus for node in nodes if node.gpus < usual}
+    if fewer:
+        named = ", ".join(f"{name} {count}" for name, count in list(fewer.items())[:_MOST_NAMED])
+        text = f"enough for the ranks, but fewer than the {usual} of most nodes: {named}"
+        return Check(name="GPUs", status=WARNING, text=text, remedy="nvidia-smi there says what became of the others")
+    memory = smallest_memory(nodes)
+    size = "" if memory is None else f", {memory / 1e9:.3g} GB each"
+    text = f"{max(seen)} seen by each rank, {nodes[0].ranks} ranks on a node{size}"
+    return Check(name="GPUs", status=OK, text=text)
 
 
 def _named(names: list[str]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+from collections.abc import Iterator
 
 import torch
 
 from nemo_align.config.stages import WorkerConfig
 from nemo_align.preflight import disk, node, versions
-from nemo_align.preflight.checks import FAILED
+from nemo_align.preflight.checks import FAILED, WARNING, Check
+from nemo_align.preflight.fit import check_fit
 from nemo_align.runtime import device, launch_environment, watchdog
 from nemo_align.runtime.agreement import gather
 from nemo_align.runtime.folders import existing_folder
@@ -23,28 +26,51 @@ def check_job(config: WorkerConfig, environment: LaunchEnvironment) -> list[str]
     """Compare all nodes and look at files and room, once the ranks have met; returns where each rank runs.
 
     Raises:
-        ValueError: on all ranks alike: nodes of different versions, too few GPUs, data that only some nodes have.
+        ValueError: on all ranks alike: nodes of different versions or with packages that cannot run, too few GPUs, data
+            that only some nodes have.
     """
     seen = gather((watchdog.place(), here(config, environment)))
     nodes = [entry for _, entry in seen]
+    memory = node.smallest_memory(nodes)
     problems = [check for check in node.check_nodes(nodes, only_differences=True) if check.status == FAILED]
     if problems:
         raise ValueError("\n".join(f"{check.text}. {check.remedy}" for check in problems))
     if environment.rank == 0:
         _look_at_room(config)
+        if memory is not None:
+            _look_at_plan(config, environment, memory)
     return [place for place, _ in seen]
 
 
 def here(config: WorkerConfig | None, environment: LaunchEnvironment) -> node.Node:
     """What this rank sees of its node."""
-    looks = config is not None and environment.local_rank == 0
+    found, gpus = _versions(), torch.cuda.device_count() if device.use_gpu() else 0
+    first = environment.local_rank == 0
     return node.Node(
         name=launch_environment.node_name(),
-        versions=_versions(),
-        gpus=torch.cuda.device_count() if device.use_gpu() else 0,
+        versions=found,
+        gpus=gpus,
         ranks=environment.local_world_size,
-        missing=node.missing_files(config) if looks else [],
+        memory=device.total_memory(),
+        missing=node.missing_files(config) if config is not None and first else [],
+        wrong=list(_wrong(found, gpus)) if first else [],
     )
+
+
+def _wrong(found: dict[str, str], gpus: int) -> Iterator[Check]:
+    """What this node cannot run with."""
+    checks = (*versions.check_versions(found, gpus=gpus), versions.check_apex())
+    yield from (check for check in checks if check.status == FAILED)
+    loaded, there = versions.loaded_driver()
+    # Without CUDA torch is meant for the CPU; an empty variable says the same.
+    if there and not gpus and "CUDA" in found and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        yield Check(
+            name="driver",
+            status=FAILED,
+            text=f"{there} GPUs are there, but torch for CUDA {found['CUDA']} sees none through driver {loaded}",
+            remedy="a newer driver, or torch for an older CUDA; nvidia-smi says more. To run on the CPU: "
+            "CUDA_VISIBLE_DEVICES=",
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -53,6 +79,14 @@ def _versions() -> dict[str, str]:
     if device.use_gpu():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
+
+
+def _look_at_plan(config: WorkerConfig, environment: LaunchEnvironment, memory: int) -> None:
+    """Warn of a stage that the plan says will not fit. Only that: the plan errs on the safe side, by a tenth where
+    published runs can tell (docs/plan.md), and a run that ends for want of memory ends in its first steps."""
+    check = check_fit(config.experiment, config, memory, environment.world_size)
+    if check.status in (WARNING, FAILED):
+        logger.warning("%s. Nearest changes: %s", check.text, check.remedy)
 
 
 def _look_at_room(config: WorkerConfig) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -42,16 +43,37 @@ def installed() -> dict[str, str]:
     return found
 
 
-def driver() -> dict[str, str] | None:
-    """Version of NVIDIA's driver and name of the GPUs; None without the tool or the driver. Takes up to a second."""
+@dataclass(frozen=True)
+class Driver:
+    """NVIDIA's driver and the GPUs that it knows."""
+
+    version: str
+    gpu: str  # names
+    memory: int | None = None  # bytes of the smallest GPU: a little more than torch can give
+
+
+def driver() -> Driver | None:
+    """None without the tool or the driver. Takes up to a second."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,name", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-    rows = [line.split(", ", 1) for line in done.stdout.splitlines() if ", " in line]
+    rows = [line.split(", ", 2) for line in done.stdout.splitlines() if line.count(", ") >= 2]
     if done.returncode or not rows:
         return None
-    return {"driver": rows[0][0], "GPU": ", ".join(sorted({name for _, name in rows}))}
+    memory = [int(mebibytes) * 2**20 for _, mebibytes, _ in rows if mebibytes.isdecimal()]
+    return Driver(rows[0][0], ", ".join(sorted({name for *_, name in rows})), min(memory, default=None))
+
+
+def loaded_driver(folder: Path = Path("/proc/driver/nvidia")) -> tuple[str, int]:
+    """Version of the driver in the kernel and its number of GPUs, without a tool; ("none", 0) without it."""
+    try:
+        text = (folder / "version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "none", 0
+    match = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", text)
+    gpus = folder / "gpus"
+    return match[1] if match else "unknown", len(list(gpus.iterdir())) if gpus.is_dir() else 0
 
 
 def check_versions(found: Mapping[str, str], *, gpus: int) -> Iterator[Check]:
@@ -84,13 +106,14 @@ def check_versions(found: Mapping[str, str], *, gpus: int) -> Iterator[Check]:
         )
 
 
-def check_driver(found: Mapping[str, str], driver: Mapping[str, str] | None) -> Check:
-    """Whether the driver runs torch's CUDA."""
+def check_driver(found: Mapping[str, str], driver: Driver | None, *, works: bool = False) -> Check:
+    """Whether the driver runs torch's CUDA. `works`: torch uses a GPU, so it does, whatever its version: containers
+    bring libraries that let an older driver run a newer CUDA."""
     if driver is None:
         return Check(name="driver", status=NOTE, text="no NVIDIA driver on this machine")
-    text = f"driver {driver['driver']}, {driver['GPU']}"
+    text = f"driver {driver.version}, {driver.gpu}"
     least = LEAST_DRIVER.get(found.get("CUDA", "").split(".")[0])
-    if least is not None and _parts(driver["driver"]) < _parts(least):
+    if least is not None and _parts(driver.version) < _parts(least) and not works:
         return Check(
             name="driver",
             status=FAILED,

@@ -50,6 +50,11 @@ def select(local_rank: int) -> torch.device:
     return device()
 
 
+def total_memory() -> int | None:
+    """Bytes that torch can give on this process' GPU; None on a CPU."""
+    return torch.cuda.get_device_properties(device()).total_memory if use_gpu() else None
+
+
 def peak_memory_gib() -> float | None:
     """GiB that tensors of this process held at most on its GPU so far (caches not counted); None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if use_gpu() else None

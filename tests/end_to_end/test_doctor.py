@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from nemo_align.runtime import exit_codes
 from tests.end_to_end import commands
 from tests.stage_inputs import MODEL, stage_overrides
@@ -34,6 +36,7 @@ def test_a_mistake_and_missing_files_are_named_with_their_remedies(tmp_path):
     )
     assert "remedy: put it there, or name a folder that all nodes see: data.root=<folder>" in done.stdout
     assert "a checkpoint has 4.77 TB" in done.stdout
+    assert "ok       plan           nemotron4_340b/code_sft on 192 GPUs: " in done.stdout
     done = commands.run("doctor", "+experiment=nemotron4_340b/code_sft", "optimzer.lr=1", cwd=tmp_path)
     assert "failed   configuration  unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?" in done.stdout
     done = commands.run("doctor", "+experiment=nemotron4_340b/cod_sft", cwd=tmp_path)
@@ -45,11 +48,25 @@ def test_a_recipe_is_looked_at_as_its_largest_stage(tmp_path):
     assert (
         "nemotron4_340b/recipe: 10 stages; the largest, nemotron4_340b/pretrain, stands for them below" in done.stdout
     )
+    for name, gpus in (("pretrain", "6,144"), ("score_pairs", "96"), ("rpo_3", "192")):
+        assert re.search(rf"^ok       plan           {name} on {gpus} GPUs: [\d.]+ of 84.9 GB", done.stdout, re.M)
 
 
-def test_alone_it_needs_no_torch(tmp_path):
+def test_a_plan_that_does_not_fit_is_a_failure_with_the_nearest_changes(tmp_path):
+    layout = ["parallel=tp8_pp12", "parallel.data=1"]
+    done = commands.run("doctor", "+experiment=nemotron4_340b/code_sft", *layout, cwd=tmp_path)
+    assert done.returncode == exit_codes.USER_ERROR
+    failed = re.search(r"^failed   plan  .*it does NOT fit\n +remedy: (.*)", done.stdout, re.M)
+    assert failed is not None and "parallel.recompute=full" in failed[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], exit_codes.SUCCESS), (["+experiment=nemotron4_340b/dpo"], exit_codes.USER_ERROR)],  # its files are not here
+)
+def test_alone_it_needs_no_torch(arguments, expected, tmp_path):
     code = (
-        "import sys; from nemo_align.cli import main; code = main(['doctor']); "
+        f"import sys; from nemo_align.cli import main; code = main({['doctor', *arguments]!r}); "
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules), 'heavy'; sys.exit(code)"
     )
     done = subprocess.run(
@@ -60,5 +77,5 @@ def test_alone_it_needs_no_torch(tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == exit_codes.SUCCESS, done.stdout + done.stderr
+    assert done.returncode == expected, done.stdout + done.stderr
     assert "versions" in done.stdout and "apex" in done.stdout

@@ -141,6 +141,17 @@ def test_gpus_decide_the_data_parallel_size(launched, monkeypatch, capsys):
     assert "needs 16 GPUs and this machine has 8" in capsys.readouterr().err
 
 
+def test_gpus_of_another_job_are_refused_and_a_recipes_are_no_matter(launched, tmp_path, capsys):
+    assert cli.main(["sft", *SFT, "parallel=tp2", "gpus=2"]) == 0
+    assert cli.main(["sft", *SFT, "parallel=tp2", "gpus=8"]) == 2
+    assert "gpus=8, but 2 processes are started" in capsys.readouterr().err
+    (tmp_path / "site" / "experiment").mkdir(parents=True)
+    (tmp_path / "site" / "experiment" / "mine.yaml").write_text("# @package _global_\ngpus: 8\n")
+    assert cli.main(["sft", "--config-dir=site", "+experiment=mine", *SFT, "parallel=tp2"]) == 0
+    assert "gpus: null" in (tmp_path / "runs" / "mine" / CONFIG_FILE).read_text()
+    assert [workers for _, workers in launched] == [2, 2]
+
+
 def test_when_max_steps_only_stops_it_may_move(launched):
     texts = [text for text in SFT if "max_steps" not in text] + ["train.epochs=1"]
     assert cli.main(["sft", *texts, "train.max_steps=1"]) == 0

@@ -52,7 +52,7 @@ WRONG = [
     ("sft", ["optimizer.lr=1e-4,1e-5"], "add --multirun"),
     ("sft", ["run_dir=a=b"], "cannot read 'run_dir=a=b'"),
     # dry runs and clusters
-    ("sft", ["dry_run_world_size=0"], "dry_run_world_size is 0, but must be at least 1"),
+    ("sft", ["gpus=0"], "gpus is 0, but must be at least 1"),
     ("sft", ["dry_run_ranks=[-1]"], "dry_run_ranks is [-1], but must name ranks of the job, from 0 on"),
     ("sft", ["dry_run=maybe"], "dry_run is 'maybe', but must be true or false"),
     ("pipeline", ["cluster.container_mounts=['/a:/b']"], "cluster.container_mounts has no effect without"),

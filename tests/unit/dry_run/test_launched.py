@@ -18,7 +18,7 @@ def test_rank_0_speaks(rank: int, tmp_path: Path) -> None:
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "nowhere"}
     variables |= {name: str(value) for name, value in place.items()}
     command = [sys.executable, "-W", "ignore", "-m", "nemo_align.cli", "sft", "+experiment=nemotron4_15b/code_sft"]
-    command += ["dry_run=true", "dry_run_world_size=null"]
+    command += ["dry_run=true", "gpus=null"]
     done = subprocess.run(
         command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=False
     )

@@ -35,6 +35,7 @@ ELSEWHERE = (
     "inputs.",
     "checkpoint.init_from",
     "checkpoint.export_hf",
+    "gpus",
     "dry_run",
     "train.log_every",
 )

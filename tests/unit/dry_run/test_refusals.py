@@ -23,20 +23,20 @@ WRONG = {
         "model.num_layers 96 is not divisible by parallel.pipeline=12 x parallel.virtual_pipeline=5 = 60 chunks",
     ),
     "world does not divide": (
-        [*CODE_SFT, "parallel.data=null", "dry_run_world_size=100"],
-        "100 processes cannot form parallel.tensor=8 x parallel.pipeline=12: start a multiple of 96",
+        [*CODE_SFT, "parallel.data=null", "gpus=100"],
+        "gpus=100 cannot form parallel.tensor=8 x parallel.pipeline=12: name a multiple of 96",
     ),
-    "world is another": ([*CODE_SFT, "dry_run_world_size=96"], "96 processes are not parallel.tensor=8"),
+    "world is another": ([*CODE_SFT, "gpus=96"], "gpus=96 is not parallel.tensor=8"),
     "batch does not divide": (
         [*PRETRAIN, "parallel.data=60"],
         "train.global_batch_size 2304 is not divisible by train.micro_batch_size 1 x parallel.data 60 = 60",
     ),
     "batch is no round of the interleaved schedule": (
-        [*PRETRAIN, "parallel.data=null", "dry_run_world_size=12288"],
+        [*PRETRAIN, "parallel.data=null", "gpus=12288"],
         "768 is 6 micro-batches per data-parallel rank, but the interleaved schedule takes a multiple of",
     ),
     "batch smaller than the replicas": (
-        [*CODE_SFT, "parallel.data=null", f"dry_run_world_size={96 * 256}"],
+        [*CODE_SFT, "parallel.data=null", f"gpus={96 * 256}"],
         "train.global_batch_size 128 is less than parallel.data=256",
     ),
     "warm-up longer than the stage": (

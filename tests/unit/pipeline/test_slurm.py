@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_align.config.job_size import num_nodes
 from nemo_align.config.pipeline import ClusterConfig
 from nemo_align.config.runtime import ParallelConfig
 from nemo_align.pipeline import run, slurm
@@ -105,12 +106,12 @@ def test_a_site_has_its_options(tmp_path):
     ],
 )
 def test_nodes_follow_from_the_layout(layout, nodes, expected):
-    assert slurm.num_nodes(ClusterConfig(nodes=nodes), ParallelConfig(**layout)) == expected
+    assert num_nodes(ClusterConfig(nodes=nodes), ParallelConfig(**layout)) == expected
 
 
 def test_a_layout_that_leaves_a_node_half_empty_is_refused():
     with pytest.raises(ValueError, match="12 workers do not fill nodes of 8"):
-        slurm.num_nodes(ClusterConfig(), ParallelConfig(tensor=4, data=3))
+        num_nodes(ClusterConfig(), ParallelConfig(tensor=4, data=3))
 
 
 def test_sbatch_that_refuses_is_quoted(tmp_path, monkeypatch):

@@ -53,21 +53,21 @@ def test_the_configuration_can_be_shown():
         ([*PAPER, "parallel.tensr=1"], "did you mean 'parallel.tensor'?"),
         ([*PAPER, "reward.attributes=[a]"], "it belongs to reward"),
         ([*PAPER[:-1]], "train.global_batch_size is missing"),
-        (["model=nemotron4_340b", "train.global_batch_size=8", "parallel=tp8", "gpus=12"], "12 processes cannot form"),
+        (["model=nemotron4_340b", "train.global_batch_size=8", "parallel=tp8", "gpus=12"], "gpus=12 cannot form"),
         (
             [*PAPER[:3], "train.global_batch_size=108"],
             "108 is not divisible by train.micro_batch_size 1 x parallel.data 64",
         ),
         (["+experiment=quickstart/score_code"], "which trains nothing to plan"),
         (["+experiment=quickstart/recipe", "search=true", "gpus=8"], "search= is for one stage"),
-        (["+experiment=quickstart/recipe", "gpus=3"], "code_sft: 3 processes cannot form"),
+        (["+experiment=quickstart/recipe", "gpus=3"], "code_sft: gpus=3 cannot form"),
         (["+experiment=quickstart/nothing"], "unknown experiment"),
         (["verb=convert"], "verb is 'convert', but must be one of pretrain, sft, reward, preference"),
         (["verb=sft", "train.global_batch_size=8"], "no model: choose one with model="),
         ([*PAPER, "gpus=96"], "once"),
         (["gpus=many"], "gpus is 'many', but must be a whole number"),
         (["gpus=0"], "gpus is 0, but must be at least 1"),
-        ([*PAPER[:2], "search=true"], "search=true needs the number of GPUs"),
+        ([*PAPER[:2], PAPER[3], "search=true"], "search=true needs the number of GPUs"),
         ([*PAPER, "search=true", "scaling=true"], "one after the other"),
         ([*PAPER, "plot=a.png"], "add scaling=true"),
         ([*PAPER, "write_gb_per_second=0"], "must be positive"),
@@ -89,6 +89,8 @@ def test_the_report_says_that_the_papers_layout_fits(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "341,029,195,776 in the model" in printed
     assert "fits on 80 GB" in printed and "MFU 4" in printed
+    assert "activations of one micro-batch: 2.14 GB on a stage, in 8 chunks" in printed
+    assert "of it by transfers between stages" in printed
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["parameters"] == 341_029_195_776
     assert (
@@ -120,6 +122,15 @@ def test_a_recipe_is_a_table_of_its_stages(capsys, tmp_path):
     assert "nothing is trained there: score_code" in printed
 
 
+def test_a_recipe_says_how_large_its_job_is_and_a_cluster_or_the_command_says_otherwise():
+    assert compose("plan", ["+experiment=minitron_4b/pretrain"]).plan.gpus == 8
+    assert compose("plan", ["+experiment=minitron_4b/pretrain", "gpus=32"]).stage.parallel.data == 16
+    recipe = ["+experiment=nemotron4_15b/recipe", "cluster=dgx_h100", "cluster.nodes=4"]
+    for more, expected in (([], 32), (["gpus=16"], 16)):
+        stages = compose("plan", [*recipe, *more]).stages
+        assert {stage.plan.gpus for stage in stages.values()} == {expected}
+
+
 def test_search_and_scaling_are_printed(capsys):
     arguments = ["model=nemotron4_15b", "gpus=64", "train.global_batch_size=256"]
     assert main(["plan", *arguments, "search=true", "top=3"]) == 0
@@ -136,11 +147,12 @@ def test_a_plot_is_drawn(tmp_path):
     assert main(["plan", *PAPER, "scaling=true", "plot=scaling.gif"]) == 2
 
 
-def test_a_plan_takes_less_than_two_seconds_and_no_torch(tmp_path):
+@pytest.mark.parametrize("more", [["scaling=true"], ["search=true"]])
+def test_a_plan_takes_less_than_two_seconds_and_no_torch(more, tmp_path):
     """CPU seconds of a whole process, its start included: other work on the machine does not count."""
     code = (
         "import sys, time; from nemo_align.cli import main\n"
-        f"code = main({['plan', *PAPER, 'scaling=true']!r})\n"
+        f"code = main({['plan', *PAPER, *more]!r})\n"
         "heavy = [name for name in ('torch', 'megatron', 'transformers', 'matplotlib') if name in sys.modules]\n"
         "print(code, heavy, time.process_time())"
     )

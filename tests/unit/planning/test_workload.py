@@ -53,6 +53,15 @@ def test_rows_without_lengths_are_taken_as_full():
     assert (work.micro_batches, work.tokens, work.real_tokens) == (64, 4096, 64 * 4096)
 
 
+def test_rows_without_lengths_may_have_a_number():
+    config = compose("plan", [*SFT, "dry_run_rows=1000"])
+    assert stage_length(config).batches[0].steps == -(-2000 // 64)
+    recipe = compose("plan", ["+experiment=nemotron4_340b/dpo"])
+    assert stage_length(recipe).batches[0].steps == 625  # 160,000 pairs in batches of 256
+    total = plan_layout(recipe).total
+    assert total is not None and 0 < total.reference_seconds < total.train_seconds
+
+
 def test_rows_are_packed_as_training_packs_them(lengths):
     config = compose("plan", [*SFT, f"lengths={lengths}", "parallel.data=2"])
     length = stage_length(config)

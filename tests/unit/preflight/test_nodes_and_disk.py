@@ -32,6 +32,30 @@ def test_a_node_of_another_version_or_with_a_dead_gpu_is_named():
     assert failures(nodes({}, {}, {"gpus": 7})) == ["fewer than ranks: dgx3 7 for 8 ranks"]
 
 
+def test_drivers_and_numbers_of_gpus_that_differ_are_a_warning():
+    found = nodes(
+        {"versions": {"driver": "535.1"}}, {"versions": {"driver": "535.1"}}, {"versions": {"driver": "570.2"}}
+    )
+    assert [(check.status, check.text) for check in node.check_nodes(found)][:1] == [
+        (WARNING, "driver differs: 535.1 on most nodes, 570.2 on dgx3")
+    ]
+    checks = list(node.check_nodes(nodes({"ranks": 4}, {"ranks": 4}, {"ranks": 4, "gpus": 7})))
+    assert [check.text for check in checks if check.status == WARNING] == [
+        "enough for the ranks, but fewer than the 8 of most nodes: dgx3 7"
+    ]
+
+
+def test_what_a_node_finds_wrong_with_itself_is_said_once_and_with_its_name():
+    apex = Check(name="apex", status=FAILED, text="another apex", remedy="pip uninstall apex")
+    assert failures(nodes({}, {"wrong": [apex]}, {})) == ["another apex (on dgx2)"]
+    assert failures(nodes({"wrong": [apex]}, {"wrong": [apex]})) == ["another apex"]
+
+
+def test_the_smallest_gpu_counts():
+    assert node.smallest_memory(nodes({"memory": 85}, {"memory": 79}, {})) == 79
+    assert node.smallest_memory(nodes({}, {})) is None
+
+
 def test_files_that_only_some_nodes_have():
     lacks = {"missing": ["data.train.a.path=rows.jsonl does not exist"]}
     assert failures(nodes({}, lacks)) == ["data.train.a.path=rows.jsonl does not exist (on dgx2)"]

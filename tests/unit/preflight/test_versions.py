@@ -59,8 +59,42 @@ def test_what_does_not_fit_is_named_with_its_remedy(changes, gpus, expected):
 )
 def test_the_driver_must_run_torchs_cuda(cuda, driver, expected):
     found = {} if cuda is None else {"CUDA": cuda}
-    assert versions.check_driver(found, {"driver": driver, "GPU": "NVIDIA H100 80GB HBM3"}).status == expected
+    assert versions.check_driver(found, versions.Driver(driver, "NVIDIA H100 80GB HBM3")).status == expected
     assert versions.check_driver(found, None).status == NOTE
+
+
+def test_a_driver_that_works_is_not_too_old():
+    """Containers of NVIDIA bring what lets an older driver run a newer CUDA."""
+    driver = versions.Driver("535.129.03", "NVIDIA H100 80GB HBM3")
+    assert versions.check_driver({"CUDA": "13.0"}, driver).status == FAILED
+    assert versions.check_driver({"CUDA": "13.0"}, driver, works=True).status == OK
+
+
+def test_the_driver_as_nvidia_smi_shows_it(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\n"
+        'echo "535.129.03, 81559, NVIDIA H100 80GB HBM3"\n'
+        'echo "535.129.03, 81037, NVIDIA H100 80GB HBM3"\n'
+        'echo "535.129.03, [N/A], NVIDIA GB10"\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert versions.driver() == versions.Driver("535.129.03", "NVIDIA GB10, NVIDIA H100 80GB HBM3", 81037 * 2**20)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.129.03  Release Build  (dvs-builder@U16)",
+    ],
+)
+def test_the_driver_as_the_kernel_shows_it(line, tmp_path):
+    assert versions.loaded_driver(tmp_path) == ("none", 0)
+    (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.2.0\n")
+    for name in ("0000:1b:00.0", "0000:43:00.0"):
+        (tmp_path / "gpus" / name).mkdir(parents=True)
+    assert versions.loaded_driver(tmp_path) == ("535.129.03", 2)
 
 
 def test_the_apex_of_the_public_index_is_found_out(tmp_path, monkeypatch):
