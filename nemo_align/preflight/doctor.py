@@ -8,7 +8,6 @@ ranks of a job: those of srun or torchrun, or workers that the command starts, o
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int
         versions.check_driver(found, driver),
         versions.check_apex(),
         *node.check_nodes([here]),
-        disk.check_disk({here.name: disk.look(_run_dir(config), here.name)}, config, _lead()),
+        disk.check_disk({here.name: disk.look(_run_dir(config), here.name)}, config, signal_lead.configured()),
         _slurm(),
         Check(
             name="links", status=NOTE, text="to be timed on the nodes: sbatch --nodes=<n> slurm/train.sbatch doctor ..."
@@ -108,11 +107,6 @@ def _run_dir(config: Any) -> str:
     return "." if config is None else config.run_dir
 
 
-def _lead() -> int:
-    text = os.environ.get(signal_lead.VARIABLE, "")
-    return int(text) if text.isdecimal() else signal_lead.DEFAULT_SECONDS
-
-
 def _slurm() -> Check:
     if shutil.which("sbatch") is None:
         return Check(name="SLURM", status=NOTE, text="sbatch is not installed here")
@@ -153,7 +147,7 @@ def _on_ranks(configuration: list[Check], config: Any, environment: LaunchEnviro
             versions.check_driver(found, driver),
             versions.check_apex(),
             *node.check_nodes(leaders),
-            disk.check_disk(dict(entry for entry in disks if entry is not None), config, _lead()),
+            disk.check_disk(dict(entry for entry in disks if entry is not None), config, signal_lead.configured()),
             disk.check_shared({f"{entry.name}": saw for local_rank, entry, saw in everyone if local_rank == 0}),
             *layout,
             *links.judge(rates, accelerator),
