@@ -18,6 +18,8 @@ from tests.stage_inputs import MODEL, stage_overrides
 pytestmark = pytest.mark.full
 
 CLUSTER = ["cluster=slurm", "cluster.gpus_per_node=null", "cluster.tasks_per_node=1"]
+# Long enough to be met while it trains.
+LONG = ["train.max_steps=60", "checkpoint.save_every=50"]
 # The stages whose jobs each stage of quickstart/short waits for: those whose weights or rows it reads.
 READS = {
     "pretrain": [],
@@ -67,32 +69,31 @@ class Chain:
         return dict(zip(jobs, self.cluster.wait_for_end(*jobs.values(), seconds=seconds), strict=True))
 
     def records(self) -> dict[str, dict]:
-        """The manifest's stages, by name."""
-        manifest = json.loads((self.folder / "run" / "manifest.json").read_text())
-        return {record["name"]: record for record in manifest["stages"]}
+        return records_of(self.folder / "run")
 
     def summary(self) -> str:
         return (self.folder / "run" / "slurm-summary.txt").read_text()
 
 
-def sft_chain(cluster, folder: Path, inputs, *, first: list[str]) -> Chain:
-    """Three SFT stages, each from the one before."""
-    own = stage_overrides(inputs, "sft")
-    stages = {
-        "first": (None, [*MODEL, *own, *first]),
-        "second": ("first", [*own, "precision=fp32"]),
-        "third": ("second", [*own, "precision=fp32"]),
-    }
-    texts = []
-    for name, (source, overrides) in stages.items():
+def records_of(run_dir: Path) -> dict[str, dict]:
+    """The manifest's stages, by name."""
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    return {record["name"]: record for record in manifest["stages"]}
+
+
+def sft_stages(inputs, *, first: list[str], names: tuple[str, ...] = ("first", "second", "third")) -> list[str]:
+    """Arguments of SFT stages, each from the one before; `first`: overrides of the first."""
+    own, texts = stage_overrides(inputs, "sft"), []
+    for source, name in zip((None, *names), names, strict=False):
+        overrides = [*own, "precision=fp32"] if source else [*MODEL, *own, *first]
         listed = ",".join(f'"{text}"' for text in overrides)
         texts += [f"stages.{name}.verb=sft", f"stages.{name}.overrides=[{listed}]"]
         texts += [f"stages.{name}.init_from={source}"] if source else []
-    return Chain(cluster, folder, texts)
+    return texts
 
 
 def test_a_cancelled_stage_takes_its_dependents_along_and_the_same_command_goes_on(cluster, stage_inputs, tmp_path):
-    chain = sft_chain(cluster, tmp_path, stage_inputs, first=["train.max_steps=60", "checkpoint.save_every=50"])
+    chain = Chain(cluster, tmp_path, sft_stages(stage_inputs, first=LONG))
     jobs = chain.submit()
     wait_for_step(cluster, tmp_path / "run" / "first", 2)
     assert f"still queued or running: first (job {jobs['first']})" in chain.refused()
@@ -116,7 +117,7 @@ def test_a_cancelled_stage_takes_its_dependents_along_and_the_same_command_goes_
 
 def test_a_failing_stage_stops_the_chain_with_its_reason(cluster, stage_inputs, tmp_path):
     # A learning rate at which nothing stays finite: found by the run itself, after it has begun.
-    chain = sft_chain(cluster, tmp_path, stage_inputs, first=["optimizer.lr=1e30"])
+    chain = Chain(cluster, tmp_path, sft_stages(stage_inputs, first=["optimizer.lr=1e30"]))
     jobs = chain.submit()
     states = {"first": "FAILED", "second": "CANCELLED", "third": "CANCELLED", "summary": "COMPLETED"}
     assert chain.states(jobs) == states
@@ -144,7 +145,9 @@ def test_the_quickstart_through_dependencies_equals_a_run_without_slurm(cluster,
         for name, sources in READS.items():
             assert chain.waits_for(jobs[name]) == {jobs[source]: "afterok" for source in sources}, name
         assert chain.waits_for(jobs["summary"]) == {jobs[name]: "afterany" for name in READS}
-        queue_again(cluster, tmp_path / "run" / "code_sft", jobs["code_sft"])
+        wait_for_step(cluster, tmp_path / "run" / "code_sft", 1, CHAIN_SECONDS)
+        cluster.run("scancel", "--signal=TERM", jobs["code_sft"])
+        wait_until_queued_again(cluster, jobs["code_sft"])
         assert {cluster.state(jobs[name]) for name in AFTER_CODE_SFT} == {"PENDING"}
         assert chain.waits_for(jobs["general_sft"]) == {jobs["code_sft"]: "afterok"}
         cluster.start_soon(jobs["code_sft"])
@@ -169,17 +172,13 @@ def test_the_quickstart_through_dependencies_equals_a_run_without_slurm(cluster,
     for name in ("reward", "rpo_3"):
         assert (tmp_path / records[name]["hf"] / "config.json").is_file()
 
-    expected = json.loads((tmp_path / "local" / "manifest.json").read_text())["stages"]
-    for record in expected:
-        assert_same_stage(tmp_path / "run" / record["name"], tmp_path / "local" / record["name"], record["verb"])
-        assert records[record["name"]]["metrics"] == record["metrics"]
+    alone = records_of(tmp_path / "local")
+    for name, record in records.items():
+        assert_same_stage(tmp_path / "run" / name, tmp_path / "local" / name, record["verb"])
+        assert record["metrics"] == alone[name]["metrics"]
 
 
-def queue_again(cluster, run_dir: Path, job_id: str) -> None:
-    """Tell a job to stop once it trains, and wait until it waits in the queue again."""
-    wait_for_step(cluster, run_dir, 1, CHAIN_SECONDS)
-    cluster.run("scancel", "--signal=TERM", job_id)
-
+def wait_until_queued_again(cluster, job_id: str) -> None:
     def queued_again() -> bool:
         job = cluster.job(job_id)
         return job["Restarts"] == "1" and job["JobState"] == "PENDING"
@@ -199,3 +198,28 @@ def assert_same_stage(found: Path, expected: Path, verb: str) -> None:
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     assert (steps, held_out) == (expected_steps, expected_held_out), found.name
     assert_equal(weights, expected_weights)
+
+
+def test_a_chain_in_one_job_goes_on_at_the_stage_that_was_told_to_stop(cluster, stage_inputs, tmp_path):
+    """slurm/pipeline.sbatch: the signal comes to the batch script alone."""
+    site = ["--gpus-per-node=0", "--mem=100", "--output=slurm-%j.txt"]
+    script = commands.ROOT / "slurm" / "pipeline.sbatch"
+    stages = sft_stages(stage_inputs, first=LONG, names=("first", "second"))
+    job_id = cluster.run("sbatch", "--parsable", *site, script, "run_dir=run", *stages, cwd=tmp_path)
+    wait_for_step(cluster, tmp_path / "run" / "first", 2)
+    cluster.run("scancel", "--batch", "--signal=TERM", job_id)
+    wait_until_queued_again(cluster, job_id)
+    cluster.start_soon(job_id)
+    output = tmp_path / f"slurm-{job_id}.txt"
+    assert cluster.wait_for_end(job_id, seconds=JOB_SECONDS) == ["COMPLETED"], output.read_text()
+
+    said = output.read_text()
+    assert re.search(rf"job {job_id} was told to stop and has saved, .*: back into the queue, after 0 restarts", said)
+    assert f"job {job_id} start 1 of it, nodes 127.0.0." in said
+    records = records_of(tmp_path / "run")
+    ends = {name: (record["status"], record["restarts"]) for name, record in records.items()}
+    assert ends == {"first": ("complete", 1), "second": ("complete", 0)}
+    begun = starts.read(tmp_path / "run" / "first")
+    assert [(start.job_id, start.job_restarts) for start in begun] == [(job_id, 0), (job_id, 1)]
+    trained = [record["step"] for record in read_metrics(tmp_path / "run" / "first") if record["kind"] == "train"]
+    assert trained == list(range(1, 61))
