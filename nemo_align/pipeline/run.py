@@ -172,9 +172,7 @@ def _submit(
     return exit_codes.SUCCESS
 
 
-def _print_commands(
-    config: PipelineConfig, todo: list[Stage], configs: dict[str, Any], found: dict[str, Lead]
-) -> None:
+def _print_commands(config: PipelineConfig, todo: list[Stage], configs: dict[str, Any], found: dict[str, Lead]) -> None:
     """The commands that would run; job ids that SLURM would give stand as $<stage>."""
     if config.cluster.kind == "slurm":
         for name, value in slurm.variables(config.cluster).items():
