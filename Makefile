@@ -72,8 +72,8 @@ test-full test-faults: export NEMO_ALIGN_FAULTS_KILLS := $(FAULT_KILLS)
 test-faults: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m full tests/faults tests/end_to_end/test_resume.py tests/end_to_end/test_pipeline_chain.py $(PYTEST_ARGS)
 
-# SLURM's own daemons, as two nodes on this machine; they end with the tests.
-test-slurm: $(VENV)/.ready-test
+# SLURM's own daemons, as two nodes on this machine; they end with the tests. One test is quickstart-short as jobs.
+test-slurm: $(VENV)/.ready-test $(DATA)/manifest.json
 	@tools/install_slurm.sh
 	$(BIN)/python -m pytest -m full tests/slurm $(PYTEST_ARGS)
 

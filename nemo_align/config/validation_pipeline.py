@@ -63,12 +63,17 @@ def _check_lead(cluster: ClusterConfig) -> Iterator[str]:
         return
     if not 1 <= lead <= _LONGEST_LEAD_SECONDS:
         yield f"cluster.signal_lead_seconds is {lead}, but SLURM takes 1 .. {_LONGEST_LEAD_SECONDS} (sbatch --signal)"
-    elif cluster.time_limit is not None and (limit := seconds_of(cluster.time_limit)) <= lead + _SIGNAL_EARLY_SECONDS:
+    elif cluster.time_limit is not None and only_starts_and_stops(lead, cluster.time_limit):
         yield (
             f"cluster.signal_lead_seconds is {lead} and SLURM may send the signal {_SIGNAL_EARLY_SECONDS} s early, so "
-            f"within cluster.time_limit={cluster.time_limit} ({limit} s) a job would only start and stop: raise the "
-            "limit, or save in less"
+            f"within cluster.time_limit={cluster.time_limit} ({seconds_of(cluster.time_limit)} s) a job would only "
+            "start and stop: raise the limit, or save in less"
         )
+
+
+def only_starts_and_stops(lead: int, time_limit: str) -> bool:
+    """Whether the signal may come as soon as the job starts."""
+    return seconds_of(time_limit) <= lead + _SIGNAL_EARLY_SECONDS
 
 
 def seconds_of(time_limit: str) -> int:

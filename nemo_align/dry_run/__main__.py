@@ -1,8 +1,9 @@
 """Dry runs of the stages of a pipeline in one process.
 
-    python -m nemo_align.dry_run <run_dir> <verb> <config.yaml> [<verb> <config.yaml> ...]
+    python -m nemo_align.dry_run <run_dir> <verb> <config.yaml> <lead> [<verb> <config.yaml> <lead> ...]
 
 The configurations are resolved; what a stage reads below `run_dir`, the pipeline's, an earlier one will have written.
+Its job is told to stop `lead` seconds before the time limit.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ def main(run_dir: str, stages: list[str]) -> int:
     from nemo_align.dry_run.run import dry_run  # imports torch
 
     code = exit_codes.SUCCESS
-    for verb, path in zip(stages[::2], stages[1::2], strict=True):
+    for verb, path, lead in zip(stages[::3], stages[1::3], stages[2::3], strict=True):
         try:
             config = load_resolved(verb, path)
-            print(dry_run(verb, config, written_before=Path(run_dir)), flush=True)
+            print(dry_run(verb, config, written_before=Path(run_dir), lead=int(lead)), flush=True)
         except ValueError as error:
             if not raised_by_this_package(error):
                 raise
@@ -37,6 +38,6 @@ def main(run_dir: str, stages: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4 or len(sys.argv) % 2:
-        sys.exit("usage: python -m nemo_align.dry_run <run_dir> <verb> <config.yaml> [<verb> <config.yaml> ...]")
+    if len(sys.argv) < 5 or len(sys.argv) % 3 != 2:
+        sys.exit("usage: python -m nemo_align.dry_run <run_dir> <verb> <config.yaml> <lead> [...]")
     sys.exit(main(sys.argv[1], sys.argv[2:]))

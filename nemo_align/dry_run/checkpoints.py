@@ -9,8 +9,8 @@ from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.dry_run.findings import Findings, Section, number_of_bytes
 from nemo_align.model.counts import checkpoint_bytes
+from nemo_align.runtime import signal_lead
 from nemo_align.runtime.folders import existing_folder
-from nemo_align.runtime.signal_lead import DEFAULT_SECONDS
 
 
 def bytes_of_checkpoint(config: TrainStageConfig, reward: RewardConfig | None) -> int:
@@ -20,9 +20,15 @@ def bytes_of_checkpoint(config: TrainStageConfig, reward: RewardConfig | None) -
 
 
 def section(
-    config: TrainStageConfig, num_nodes: int, steps: int | None, reward: RewardConfig | None, findings: Findings
+    config: TrainStageConfig,
+    num_nodes: int,
+    steps: int | None,
+    reward: RewardConfig | None,
+    findings: Findings,
+    lead: int,
 ) -> Section:
-    """When checkpoints are written, their size, and the disk that they need at most."""
+    """When checkpoints are written, their size, the disk that they need at most, and the rate at which they must be
+    written to be whole when the job, told to stop `lead` seconds before, comes to its time limit."""
     checkpoint, size = config.checkpoint, bytes_of_checkpoint(config, reward)
     lines = [f"{number_of_bytes(size)} each, with optimizer state, in {config.run_dir}/checkpoints"]
     periodic = 0
@@ -47,13 +53,19 @@ def section(
     # One is written before the oldest is deleted.
     most = size * (1 + min(checkpoint.keep_last + 1, periodic))
     lines.append(f"disk at most {number_of_bytes(most)}{_free(Path(config.run_dir))}")
-    lines.append(
-        f"to be written within the {DEFAULT_SECONDS // 60} minutes that slurm/train.sbatch leaves before a time limit: "
-        f"{number_of_bytes(size / DEFAULT_SECONDS)}/s or more"
-    )
+    lines.append(_lead_line(size, lead, checkpoint.asynchronous))
     if checkpoint.export_hf:
         lines.append(f"at the end also {config.run_dir}/hf for Hugging Face")
     return Section("checkpoints", lines)
+
+
+def _lead_line(size: int, lead: int, asynchronous: bool) -> str:
+    told = f"told to stop {lead} s before a time limit, a job"
+    longest = signal_lead.longest_save(lead, asynchronous=asynchronous)
+    if not longest:
+        return f"{told} has no time to save"
+    saves = ", the save in flight and one more" if asynchronous else " and a save"
+    return f"{told} finishes its step{saves}: {number_of_bytes(size / longest)}/s or more, the step aside"
 
 
 def _free(run_dir: Path) -> str:

@@ -27,7 +27,7 @@ from nemo_align.data.tokenizer import Tokenizer
 from nemo_align.dry_run import blends, checkpoints, place, ranks, rows, steps
 from nemo_align.dry_run.findings import Findings, Section
 from nemo_align.model.counts import count_parameters
-from nemo_align.runtime import device
+from nemo_align.runtime import device, signal_lead
 from nemo_align.stages.pretrain import phases_with_samples, pretraining_layout
 from nemo_align.stages.rows import num_examples as examples_of
 from nemo_align.stages.rows import row_capacity
@@ -42,11 +42,19 @@ device.install()  # before the imports of Megatron-core that the first rank make
 EXAMPLES = {"sft": ("dialogues", 1), "reward": ("rated responses", 1), "preference": ("pairs", 2)}
 
 
-def dry_run(verb: str, config: WorkerConfig, *, launched: int | None = None, written_before: Path | None = None) -> str:
+def dry_run(
+    verb: str,
+    config: WorkerConfig,
+    *,
+    launched: int | None = None,
+    written_before: Path | None = None,
+    lead: int | None = None,
+) -> str:
     """What the run would do, as text.
 
     `launched`: processes of the job that this process belongs to, if any; `written_before`: folder in which the earlier
-    stages of a pipeline will have written what this one reads.
+    stages of a pipeline will have written what this one reads; `lead`: seconds before its time limit at which the job
+    is told to stop, unless the environment says.
 
     Raises:
         ConfigError: why the run would be refused; with dry_run_strict also what is not on this machine.
@@ -76,7 +84,7 @@ def dry_run(verb: str, config: WorkerConfig, *, launched: int | None = None, wri
         training = isinstance(config, TrainStageConfig)
         sections.append(ranks.section(built, parallel, config.precision, findings, training))
     with findings.collecting():
-        sections += _work(verb, config, parallel, reward, findings)
+        sections += _work(verb, config, parallel, reward, findings, signal_lead.configured() if lead is None else lead)
     if config.dry_run_strict:
         findings.problems += [f"{keys[0]}={path} is not on this machine" for path, keys in findings.absent.items()]
     if findings.problems:
@@ -86,7 +94,12 @@ def dry_run(verb: str, config: WorkerConfig, *, launched: int | None = None, wri
 
 
 def _work(
-    verb: str, config: WorkerConfig, parallel: ParallelConfig, reward: RewardConfig | None, findings: Findings
+    verb: str,
+    config: WorkerConfig,
+    parallel: ParallelConfig,
+    reward: RewardConfig | None,
+    findings: Findings,
+    lead: int,
 ) -> list[Section]:
     """Data, steps, learning rate and checkpoints."""
     if isinstance(config, ScoreStageConfig):
@@ -100,7 +113,7 @@ def _work(
         marks = _phase_starts(config) if isinstance(config, PretrainStageConfig) else []
         sections.append(steps.learning_rate_section(config, batches, num_examples, marks))
     total = None if num_examples is None else num_steps(config.train, batches, num_examples)
-    sections.append(checkpoints.section(config, place.num_nodes(parallel), total, reward, findings))
+    sections.append(checkpoints.section(config, place.num_nodes(parallel), total, reward, findings, lead))
     return sections
 
 

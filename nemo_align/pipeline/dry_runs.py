@@ -14,10 +14,16 @@ from nemo_align.config.compose import ConfigError, to_yaml
 from nemo_align.config.job_size import num_nodes
 from nemo_align.config.pipeline import ClusterConfig
 from nemo_align.pipeline.chain import Stage
+from nemo_align.pipeline.leads import Lead
+from nemo_align.runtime import signal_lead
 
 
-def run(run_dir: Path, stages: list[Stage], configs: Mapping[str, Any], cluster: ClusterConfig) -> int:
+def run(
+    run_dir: Path, stages: list[Stage], configs: Mapping[str, Any], cluster: ClusterConfig, leads: Mapping[str, Lead]
+) -> int:
     """Print what each stage would do; returns 0, or USER_ERROR if any would be refused.
+
+    `leads`: of the stages that SLURM would start.
 
     Raises:
         ConfigError: a stage whose model nobody knows yet.
@@ -38,6 +44,7 @@ def run(run_dir: Path, stages: list[Stage], configs: Mapping[str, Any], cluster:
                 configs[stage.name].gpus = nodes * tasks
             path = Path(folder) / f"{stage.name}.yaml"
             path.write_text(to_yaml(configs[stage.name]), encoding="utf-8")
-            arguments += [stage.verb, str(path)]
+            lead = leads[stage.name].seconds if stage.name in leads else signal_lead.configured()
+            arguments += [stage.verb, str(path), str(lead)]
         sys.stdout.flush()
         return subprocess.run([sys.executable, "-m", "nemo_align.dry_run", *arguments], check=False).returncode

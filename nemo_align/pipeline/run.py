@@ -16,6 +16,7 @@ from nemo_align.config.pipeline import PipelineConfig
 from nemo_align.config.run_directory import exclusive
 from nemo_align.pipeline import dry_runs, slurm
 from nemo_align.pipeline.chain import Stage, build_chain, compose_chain
+from nemo_align.pipeline.leads import Lead, leads, warning
 from nemo_align.pipeline.local import LocalRunner, command
 from nemo_align.pipeline.manifest import Manifest, read_manifest, update
 from nemo_align.pipeline.resume import config_hash, is_complete, log_file, output_identity, stages_to_run
@@ -51,12 +52,16 @@ def main(config: PipelineConfig, raw_overrides: Sequence[str] = ()) -> int:
         for stage in stages:
             if stage not in todo:
                 _take_over(stage, manifest, configs[stage.name])
+        by_slurm = config.cluster.kind == "slurm"
+        found = leads(todo, configs, config.cluster) if by_slurm else {}
+        if said := warning(found):
+            print(f"warning: {said}", file=sys.stderr, flush=True)
         if config.dry_run:
-            _print_commands(config, todo, configs, manifest)
-            return dry_runs.run(run_dir, todo, configs, config.cluster)
+            _print_commands(config, todo, configs, found)
+            return dry_runs.run(run_dir, todo, configs, config.cluster, found)
         manifest.write(run_dir)
-        if config.cluster.kind == "slurm":
-            return _submit(config, stages, todo, configs, manifest)
+        if by_slurm:
+            return _submit(config, todo, configs, found, manifest)
         return _run_here(run_dir, stages, todo, manifest)
 
 
@@ -131,7 +136,7 @@ def _inputs(stage: Stage, manifest: Manifest) -> dict[str, str]:
 
 
 def _submit(
-    config: PipelineConfig, stages: list[Stage], todo: list[Stage], configs: dict[str, Any], manifest: Manifest
+    config: PipelineConfig, todo: list[Stage], configs: dict[str, Any], found: dict[str, Lead], manifest: Manifest
 ) -> int:
     run_dir = Path(config.run_dir)
     refresh_records(manifest, [stage.name for stage in todo])
@@ -146,7 +151,12 @@ def _submit(
         stage.run_dir.mkdir(parents=True, exist_ok=True)  # SLURM opens the job's output file before the job starts
         parallel, after = configs[stage.name].parallel, [name for name in stage.depends_on if name in jobs]
         argv = slurm.submission(
-            stage, parallel, config.cluster, pipeline=config.experiment, after=[jobs[name].id for name in after]
+            stage,
+            parallel,
+            config.cluster,
+            pipeline=config.experiment,
+            after=[jobs[name].id for name in after],
+            lead=found[stage.name].seconds,
         )
         nodes, _ = num_nodes(config.cluster, parallel)
         jobs[stage.name] = slurm.Job(slurm.submit(argv, config.cluster), nodes, after)
@@ -163,7 +173,7 @@ def _submit(
     return exit_codes.SUCCESS
 
 
-def _print_commands(config: PipelineConfig, todo: list[Stage], configs: dict[str, Any], manifest: Manifest) -> None:
+def _print_commands(config: PipelineConfig, todo: list[Stage], configs: dict[str, Any], found: dict[str, Lead]) -> None:
     """The commands that would run; job ids that SLURM would give stand as $<stage>."""
     if config.cluster.kind == "slurm":
         for name, value in slurm.variables(config.cluster).items():
@@ -173,7 +183,12 @@ def _print_commands(config: PipelineConfig, todo: list[Stage], configs: dict[str
             names = {other.name for other in todo}
             after = [f"${name}" for name in stage.depends_on if name in names]
             argv = slurm.submission(
-                stage, configs[stage.name].parallel, config.cluster, pipeline=config.experiment, after=after
+                stage,
+                configs[stage.name].parallel,
+                config.cluster,
+                pipeline=config.experiment,
+                after=after,
+                lead=found[stage.name].seconds,
             )
         else:
             argv = command(stage)

@@ -36,8 +36,10 @@ def submission(
     *,
     pipeline: str,
     after: list[str],
+    lead: int,
 ) -> list[str]:
-    """The sbatch command of a stage that starts once the jobs `after` have ended well."""
+    """The sbatch command of a stage that starts once the jobs `after` have ended well, and is told to stop `lead`
+    seconds before its time limit."""
     nodes, tasks = num_nodes(cluster, parallel)
     options = [
         "--parsable",  # only the job id on stdout
@@ -52,8 +54,8 @@ def submission(
     options += _site_options(cluster)
     if cluster.time_limit is not None:
         options.append(f"--time={cluster.time_limit}")
-    if cluster.signal_lead_seconds is not None:
-        options.append(f"--signal=TERM@{cluster.signal_lead_seconds}")  # to the tasks: no "B:"
+    options.append(f"--signal=TERM@{lead}")  # to the tasks: no "B:"
+    options.append(f"--export=ALL,{signal_lead.VARIABLE}={lead}")  # so that the run can say if it needs more
     if after:
         # Without the second option a job whose parent failed stays in the queue for ever.
         options += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
@@ -69,11 +71,9 @@ def summary_submission(run_dir: Path, cluster: ClusterConfig, *, pipeline: str, 
 
 
 def variables(cluster: ClusterConfig) -> dict[str, str]:
-    """What slurm/train.sbatch is told in environment variables: the Python of the nodes, the lead of the signal, and
-    srun's options for a container. A variable that is set already wins."""
+    """What slurm/train.sbatch is told in environment variables: the Python of the nodes, and srun's options for a
+    container. A variable that is set already wins."""
     told = {"NEMO_ALIGN_PYTHON": cluster.python or ("python" if cluster.container_image else sys.executable)}
-    if cluster.signal_lead_seconds is not None:
-        told[signal_lead.VARIABLE] = str(cluster.signal_lead_seconds)
     if cluster.container_image is not None:
         here = Path.cwd()  # relative paths of the configuration start here, inside as outside
         mounts = ",".join([f"{here}:{here}", *cluster.container_mounts])

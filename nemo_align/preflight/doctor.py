@@ -9,7 +9,6 @@ ranks of a job: those of srun or torchrun, or workers that the command starts, o
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int
         versions.check_apex(),
         *node.check_nodes([here]),
         *_plans(stages, here.memory),
-        disk.check_disk({here.name: disk.look(_run_dir(config), here.name)}, config, _lead()),
+        disk.check_disk({here.name: disk.look(_run_dir(config), here.name)}, config, signal_lead.configured()),
         _slurm(),
         Check(
             name="links", status=NOTE, text="to be timed on the nodes: sbatch --nodes=<n> slurm/train.sbatch doctor ..."
@@ -127,11 +126,6 @@ def _run_dir(config: Any) -> str:
     return "." if config is None else config.run_dir
 
 
-def _lead() -> int:
-    text = os.environ.get(signal_lead.VARIABLE, "")
-    return int(text) if text.isdecimal() else signal_lead.DEFAULT_SECONDS
-
-
 def _slurm() -> Check:
     if shutil.which("sbatch") is None:
         return Check(name="SLURM", status=NOTE, text="sbatch is not installed here")
@@ -176,7 +170,7 @@ def _on_ranks(configuration: list[Check], stages: Mapping[str, Any], environment
             *(check for check in own if check.status != FAILED),  # the others come from every node, named
             versions.check_driver(found, driver, works=mine.gpus > 0),
             *node.check_nodes(leaders),
-            disk.check_disk(dict(entry for entry in disks if entry is not None), config, _lead()),
+            disk.check_disk(dict(entry for entry in disks if entry is not None), config, signal_lead.configured()),
             disk.check_shared({f"{entry.name}": saw for local_rank, entry, saw in everyone if local_rank == 0}),
             *_plans(stages, node.smallest_memory([entry for _, entry, _ in everyone]), environment.world_size),
             *layout,

@@ -24,7 +24,7 @@ from nemo_align.runtime.logs import LOGGER_NAME
 logger = logging.getLogger(LOGGER_NAME)
 
 VARIABLE = "NEMO_ALIGN_SIGNAL_LEAD"  # slurm/train.sbatch says there what it asked SLURM for, in seconds
-DEFAULT_SECONDS = 600  # slurm/train.sbatch asks for it
+DEFAULT_SECONDS = 600  # slurm/train.sbatch asks for it, unless it is told another
 _SAVE_FACTOR, _END_SECONDS = 1.5, 30.0
 
 
@@ -34,6 +34,17 @@ def needed_seconds(longest_gap: float, save_seconds: float, *, asynchronous: boo
     `longest_gap`: of a step or a forward-only batch; `asynchronous`: checkpoint.asynchronous.
     """
     return math.ceil(longest_gap + _SAVE_FACTOR * save_seconds * (2 if asynchronous else 1) + _END_SECONDS)
+
+
+def longest_save(lead: int, *, asynchronous: bool) -> float:
+    """Seconds that a save may take under a lead, steps aside: `needed_seconds` turned round. 0: there is no time."""
+    return max(0.0, lead - _END_SECONDS) / (_SAVE_FACTOR * (2 if asynchronous else 1))
+
+
+def configured(variables: Mapping[str, str] = os.environ) -> int:
+    """The lead of a job that starts with these variables."""
+    text = variables.get(VARIABLE, "")
+    return int(text) if text.isdecimal() else DEFAULT_SECONDS
 
 
 class LeadCheck:

@@ -1,7 +1,7 @@
 """A SLURM cluster of two nodes on this machine: SLURM's own daemons, started and ended by the tests.
 
 Everything that the daemons write lies in one folder, which goes with them. They run as the user who runs the tests, so
-root is not needed; SLURM's packages are (`tools/test_slurm.sh` installs them on Debian and Ubuntu).
+root is not needed; SLURM's packages are (`tools/install_slurm.sh` installs them on Debian and Ubuntu).
 """
 
 from __future__ import annotations
@@ -187,6 +187,7 @@ class Cluster:
             "SlurmctldPidFile": self.folder / "slurmctld.pid",
             "SlurmdPidFile": self.folder / "slurmd-%n.pid",
             "JobRequeue": 1,
+            "MinJobAge": 86400,  # seconds in which the controller knows of a job that has ended: longer than any test
             # From SIGTERM to SIGKILL at scancel and at the time limit: SLURM's default, in which a run may save.
             "KillWait": 30,
             "MpiDefault": "none",

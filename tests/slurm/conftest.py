@@ -16,6 +16,7 @@ from tests.end_to_end import commands
 from tests.slurm.cluster import NODES, Cluster, missing_daemons
 
 TRAIN = commands.ROOT / "slurm" / "train.sbatch"
+QUICKSTART = commands.ROOT / "data" / "quickstart"
 # Room for a machine of two cores that has other work.
 JOB_SECONDS = 240.0
 
@@ -35,6 +36,14 @@ def cluster() -> Iterator[Cluster]:
         cluster.stop()
     assert not cluster.processes(), "processes of the cluster are left"
     assert not cluster.folder.exists()
+
+
+@pytest.fixture(scope="session")
+def quickstart_data() -> Path:
+    """The data of the quickstart, which `make test-slurm` writes."""
+    if not (QUICKSTART / "manifest.json").is_file():
+        pytest.skip(f"{QUICKSTART} is not there: make quickstart-data writes it")
+    return QUICKSTART
 
 
 @dataclass

@@ -118,6 +118,19 @@ def test_a_mistake_ends_the_job_with_its_code(cluster, train, stage_inputs):
     assert "unknown key 'optimzer.lr'; did you mean 'optimizer.lr'?" in job.text()
 
 
+def test_a_verb_without_ranks_is_one_process(cluster, train, stage_inputs):
+    job = train("plan", "verb=sft", *MODEL, *stage_overrides(stage_inputs, "sft"), "gpus=4", tasks=2)
+    assert job.wait() == "COMPLETED", job.text()
+    assert job.text().count("checkpoint: ") == 1
+
+
+def test_a_chain_is_no_job_of_this_script(cluster, train):
+    job = train("pipeline", "+experiment=quickstart/short", tasks=1, nodes=1)
+    assert job.wait() == "FAILED"
+    assert cluster.job(job.id)["ExitCode"] == f"{exit_codes.USER_ERROR}:0"
+    assert "nemo-align pipeline cluster=slurm on a login node" in job.text()
+
+
 def test_the_doctor_on_the_nodes_of_a_job(train, stage_inputs):
     arguments = ["verb=sft", *MODEL, *stage_overrides(stage_inputs, "sft"), *LAYOUT]
     job = train("doctor", *arguments, tasks=2)

@@ -74,6 +74,11 @@ def test_the_340b_as_jobs_of_a_cluster(tmp_path: Path) -> None:
         r"^sbatch .*recipe/dpo --nodes=24 .*afterok:\$general_sft:\$score_pairs", done.stdout, re.MULTILINE
     )
     assert "/data/tokenizer.model (data.tokenizer)" in done.stdout
+    # Each stage by the lead that its job would have.
+    leads = re.findall(r"^sbatch .* --signal=TERM@(\d+)", done.stdout, re.MULTILINE)
+    del leads[5]  # scoring saves nothing
+    assert re.findall(r"^  told to stop (\d+) s before", done.stdout, re.MULTILINE) == leads
+    assert leads[0] == "600" and int(leads[2]) > 900 and done.stderr == ""
 
 
 @pytest.mark.full

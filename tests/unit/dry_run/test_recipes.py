@@ -120,6 +120,8 @@ def test_the_340b_is_what_the_report_says(answers: dict[str, Answer]) -> None:
     assert re.search(r"step 63,580 \(200B tokens\): 31,789 steps of 1,536 samples, 24 micro-batches", text)
     assert re.search(r"step 95,369 \(400B tokens\): 805,325 steps of 2,304 samples, 36 micro-batches", text)
     assert "tokens: 8T\n" in text and "4.77 TB each" in text
+    told = "told to stop 600 s before a time limit, a job finishes its step, the save in flight and one more: 25.1 GB/s"
+    assert told in text
     assert "step 501: 0.0001," in text and "step 900,693: 1e-05\n" in text
 
 

@@ -33,7 +33,12 @@ def stage(tmp_path: Path, name: str = "dpo", depends_on: tuple[str, ...] = ()) -
 def test_a_job_waits_for_its_parents_and_dies_with_them(tmp_path):
     cluster = ClusterConfig(kind="slurm", partition="batch", account="me", time_limit="04:00:00")
     argv = slurm.submission(
-        stage(tmp_path), ParallelConfig(tensor=8, pipeline=2, data=4), cluster, pipeline="x/recipe", after=["11", "12"]
+        stage(tmp_path),
+        ParallelConfig(tensor=8, pipeline=2, data=4),
+        cluster,
+        pipeline="x/recipe",
+        after=["11", "12"],
+        lead=600,
     )
     assert argv[0] == "sbatch"
     script = argv.index(str(slurm.script("train.sbatch")))
@@ -51,7 +56,9 @@ def test_a_job_waits_for_its_parents_and_dies_with_them(tmp_path):
 
 def test_the_first_job_waits_for_nothing_and_a_cluster_without_gpus_is_asked_for_none(tmp_path):
     cluster = ClusterConfig(kind="slurm", gpus_per_node=None, tasks_per_node=2)
-    argv = slurm.submission(stage(tmp_path), ParallelConfig(tensor=2, data=2), cluster, pipeline="r", after=[])
+    argv = slurm.submission(
+        stage(tmp_path), ParallelConfig(tensor=2, data=2), cluster, pipeline="r", after=[], lead=600
+    )
     assert not any(option.startswith(("--dependency", "--kill-on", "--partition")) for option in argv)
     assert "--gpus-per-node=0" in argv  # over the script's own line
     assert {"--nodes=2", "--ntasks-per-node=2"} <= set(argv)
@@ -72,17 +79,10 @@ def test_a_container_reaches_the_job_through_the_script(tmp_path, monkeypatch):
     assert slurm.submit(["sbatch"], inside).startswith("/opt/python|")
 
 
-def test_the_lead_of_the_signal_reaches_slurm_and_the_run(tmp_path, monkeypatch):
-    monkeypatch.delenv(signal_lead.VARIABLE, raising=False)
-    _commands(tmp_path, monkeypatch, f'echo "$*|${signal_lead.VARIABLE}"')
-    cluster = ClusterConfig(kind="slurm", time_limit="04:00:00", signal_lead_seconds=900)
-    argv = slurm.submission(stage(tmp_path), ParallelConfig(), cluster, pipeline="r", after=[])
-    assert "--signal=TERM@900" in argv
-    assert slurm.submit(argv, cluster).endswith("|900")
-    assert not any(
-        "--signal" in option
-        for option in slurm.submission(stage(tmp_path), ParallelConfig(), ClusterConfig(), pipeline="r", after=[])
-    )
+def test_the_lead_of_the_signal_reaches_slurm_and_the_run(tmp_path):
+    argv = slurm.submission(stage(tmp_path), ParallelConfig(), ClusterConfig(), pipeline="r", after=[], lead=900)
+    # On the command line, where it wins over a variable that the user happens to have.
+    assert {"--signal=TERM@900", f"--export=ALL,{signal_lead.VARIABLE}=900"} <= set(argv)
     # The default of both sides is that of the script.
     text = slurm.script("train.sbatch").read_text()
     assert re.search(r"^#SBATCH --signal=TERM@(\d+)$", text, re.MULTILINE)[1] == "600"
@@ -92,7 +92,7 @@ def test_the_lead_of_the_signal_reaches_slurm_and_the_run(tmp_path, monkeypatch)
 def test_a_site_has_its_options(tmp_path):
     cluster = ClusterConfig(kind="slurm", partition="batch", account="me", qos="high")
     site = {"--partition=batch", "--account=me", "--qos=high"}
-    assert site <= set(slurm.submission(stage(tmp_path), ParallelConfig(), cluster, pipeline="r", after=[]))
+    assert site <= set(slurm.submission(stage(tmp_path), ParallelConfig(), cluster, pipeline="r", after=[], lead=600))
     assert site <= set(slurm.summary_submission(tmp_path, cluster, pipeline="r", after=["1"]))
 
 

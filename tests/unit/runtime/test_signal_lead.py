@@ -17,6 +17,18 @@ def test_the_340b_at_80_and_at_20_gigabytes_per_second():
     assert signal_lead.needed_seconds(30, 4770 / 20, asynchronous=True) == 776
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_longest_save_that_a_lead_holds(asynchronous):
+    longest = signal_lead.longest_save(600, asynchronous=asynchronous)
+    assert signal_lead.needed_seconds(0, longest, asynchronous=asynchronous) == 600
+    assert signal_lead.longest_save(30, asynchronous=asynchronous) == 0
+
+
+def test_the_lead_of_a_job_is_that_of_its_script_unless_it_says():
+    assert signal_lead.configured({signal_lead.VARIABLE: "900"}) == 900
+    assert signal_lead.configured({}) == signal_lead.configured({signal_lead.VARIABLE: ""}) == 600
+
+
 @pytest.mark.parametrize(
     ("variables", "warns"),
     [
