@@ -44,7 +44,7 @@ PAPER: dict[str, Any] = {
 
 
 def planned(
-    *, gpus: int = GPUS, batch: int = BATCH, rows: int = 1, fp8: str = "none", overlap: bool = False, **layout: Any
+    *, gpus: int = GPUS, batch: int = BATCH, rows: int = 1, fp8: str = "none", attention: str = "auto", **layout: Any
 ) -> Estimate:
     """The 340B on 1,536 GPUs as in the first row of the report's Table 2, with something changed."""
     keys = {**PAPER, **layout}
@@ -61,9 +61,8 @@ def planned(
     job = Job(
         model=read_model("nemotron4_340b"),
         parallel=ParallelConfig(**keys, data=data),
-        precision=PrecisionConfig(fp8=fp8),
+        precision=PrecisionConfig(fp8=fp8, attention=attention),
         work=work,
-        tensor_overlap=overlap,
     )
     return Estimate(job, memory_plan(job), step_time(job))
 
@@ -73,7 +72,12 @@ MOVES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "TP": [("TP 2", {"tensor": 2}), ("TP 4", {"tensor": 4}), ("TP 8", {})],
     "PP": [(f"PP {p}, VP {96 // p}", {"pipeline": p, "virtual_pipeline": 96 // p}) for p in (4, 6, 8, 12, 16, 24, 48)],
     "VP": [(f"VP {v}", {"virtual_pipeline": v}) for v in (1, 2, 4, 8)],
-    "recompute": [(name, {"recompute": name}) for name in ("none", "selective", "full")],
+    "recompute": [(name, {"recompute": name}) for name in ("none", "selective", "full")]
+    + [
+        (f"VP 1, {name}", {"virtual_pipeline": 1, "recompute": recompute, "recompute_layers": layers})
+        for name, recompute, layers in (("none", "none", 1), ("block of 4", "block", 4), ("full", "full", 1))
+    ],
+    "attention": [("flash or fused", {}), ("unfused", {"attention": "unfused"})],
     "micro-batch": [(f"micro-batch of {rows}", {"rows": rows}) for rows in (1, 2, 4)],
     "sequence parallel": [("on", {}), ("off", {"sequence": False})],
     "precision": [("bf16", {})] + [(f"FP8 {name}", {"fp8": name}) for name in ("delayed", "tensorwise", "blockwise")],
@@ -81,7 +85,8 @@ MOVES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("gradients only", {}),
         ("nothing", {"overlap_grad_reduce": False}),
         ("gradients and parameters", {"overlap_param_gather": True}),
-        ("tensor parallel too", {"overlap_param_gather": True, "overlap": True}),
+        ("gradients, no transfers", {"overlap_p2p": False}),
+        ("tensor parallel too", {"overlap_param_gather": True, "overlap_tensor": True}),
     ],
 }
 
@@ -156,7 +161,7 @@ def _scaling(heads: Sequence[str], rows: Sequence[ScalingRow]) -> list[str]:
 def statements() -> Iterator[str]:
     """Figures in the page's sentences, as they stand there."""
     job = planned().job
-    last, inner = output(job), layer(job)
+    last, inner = output(job), layer(job, fp8=False, recomputed=False)
     layers = (last.forward.total + last.backward.total) / (inner.forward.total + inner.backward.total)
     yield f"the output projection is worth {layers:.1f} layers of the 340B"
     added = product_seconds(9216, 18432, LENGTH, "bf16", 8) / product_seconds(9216, 18432, LENGTH, "bf16") - 1

@@ -8,7 +8,8 @@ NEEDS_REWARDS = ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision.dtype": ("bf16", "fp32"),
     "precision.fp8": ("none", "delayed", "tensorwise", "blockwise"),
-    "parallel.recompute": ("none", "selective", "full"),
+    "precision.attention": ("auto", "flash", "fused", "unfused"),
+    "parallel.recompute": ("none", "selective", "full", "block"),
     "optimizer.schedule": ("constant", "cosine", "linear", "wsd"),
     "train.nonfinite": ("error", "skip"),
     "data.overlong": ("error", "drop", "truncate"),

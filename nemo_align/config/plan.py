@@ -18,7 +18,6 @@ class PlanConfig:
     search: bool = False  # rank the layouts of `gpus` that fit by predicted time
     top: int = 10  # layouts that search=true shows
     scaling: bool = False  # the layout on more and more GPUs, with the batch growing (weak) and fixed (strong)
-    tensor_overlap: bool = False  # as if tensor-parallel communication overlapped with the products (userbuffers)
     write_gb_per_second: float | None = None  # of the shared file system; null: by nodes (planning/h100.py)
     json: str | None = None  # file to write the plan to, for machines
     plot: str | None = None  # file to draw scaling=true into (.png, .svg, .pdf; needs the extra `report`)

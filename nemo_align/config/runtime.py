@@ -17,8 +17,10 @@ class ParallelConfig:
     distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
     overlap_param_gather: bool = False  # gather updated parameters during the next forward pass
-    recompute: str = "none"  # activations: none | selective (core attention) | full (whole layers)
-    recompute_layers: int = 1  # layers per recomputed block when recompute is full
+    overlap_tensor: bool = False  # tensor-parallel communication beside the products (userbuffers; GPU only)
+    overlap_p2p: bool | None = None  # transfers between stages beside the passes (GPU only); null: where interleaved
+    recompute: str = "none"  # activations: none | selective (core attention) | full (all layers) | block (some layers)
+    recompute_layers: int = 1  # full: layers recomputed at a time; block: recomputed layers of each model chunk
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,9 @@ class PrecisionConfig:
 
     dtype: str = "bf16"  # bf16 | fp32
     fp8: str = "none"  # none | delayed | tensorwise | blockwise (Transformer Engine, GPU only)
+    bf16_first_layers: int | None = None  # layers that stay in bf16 under fp8; null: 1 for tensorwise, else 0
+    bf16_last_layers: int | None = None  # the same at the end of the model
+    attention: str = "auto"  # kernel on a GPU: auto (flash, else fused) | flash | fused (cuDNN) | unfused (keeps S x S)
     grad_reduce_fp32: bool = True  # accumulate and reduce gradients in fp32
 
 

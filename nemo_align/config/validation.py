@@ -120,7 +120,7 @@ def check_data_parallel(config: WorkerConfig, data: int) -> None:
 
 
 def check_accelerator(precision: PrecisionConfig, num_gpus: int) -> None:
-    """Refuse FP8 on a machine without a GPU.
+    """Refuse what only a GPU has on a machine without one.
 
     Raises:
         ConfigError: with the remedy.
@@ -129,6 +129,11 @@ def check_accelerator(precision: PrecisionConfig, num_gpus: int) -> None:
         raise ConfigError(
             f"precision.fp8={precision.fp8} needs a GPU with Transformer Engine and this machine has none: "
             "use precision=bf16 here"
+        )
+    if precision.attention != "auto" and num_gpus == 0:
+        raise ConfigError(
+            f"precision.attention={precision.attention} chooses a GPU's kernel and this machine has none: leave it out "
+            "here"
         )
 
 

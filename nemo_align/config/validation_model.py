@@ -56,7 +56,7 @@ def check_layout(
     else:
         assert precision is not None
         yield from _check_tensor_split(parallel, model, precision)
-        yield from _check_pipeline_split(parallel, model)
+        yield from _check_pipeline_split(parallel, model, precision)
 
 
 def check_precision(precision: PrecisionConfig) -> Iterator[str]:
@@ -66,6 +66,19 @@ def check_precision(precision: PrecisionConfig) -> Iterator[str]:
             f"precision.fp8={precision.fp8} needs precision.dtype=bf16: Transformer Engine casts from bf16, "
             "and fp32 activations would cost what FP8 saves"
         )
+    for name in ("bf16_first_layers", "bf16_last_layers"):
+        number = getattr(precision, name)
+        if number is None:
+            continue
+        if number < 0:
+            yield f"precision.{name} is {number}, but must be at least 0"
+        elif precision.fp8 == "none":
+            yield f"precision.{name}={number} has no effect without FP8: set precision.fp8, or leave it out"
+        elif precision.fp8 == "delayed" and number:
+            yield (
+                f"precision.{name}={number} cannot go with precision.fp8=delayed, whose histories are reduced once for "
+                "all layers of a pass: use precision=fp8_tensorwise or fp8_blockwise, or leave it out"
+            )
 
 
 def _check_sizes(parallel: ParallelConfig) -> Iterator[str]:
@@ -84,6 +97,16 @@ def _check_sizes(parallel: ParallelConfig) -> Iterator[str]:
         yield (
             "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true, whose parameters "
             "it gathers, and parallel.overlap_grad_reduce=true"
+        )
+    if parallel.overlap_tensor and not parallel.sequence:
+        yield (
+            "parallel.overlap_tensor=true cuts the gathers and scatters of sequence parallelism into pieces, so it "
+            "needs parallel.sequence=true"
+        )
+    if parallel.overlap_p2p and parallel.virtual_pipeline == 1:
+        yield (
+            "parallel.overlap_p2p=true needs an interleaved schedule, parallel.virtual_pipeline > 1: 1F1B sends and "
+            "receives between the passes"
         )
 
 
@@ -105,9 +128,14 @@ def _check_tensor_split(parallel: ParallelConfig, model: ModelConfig, precision:
                     f"precision.fp8={precision.fp8} multiplies matrices whose sides are multiples of {FP8_MULTIPLE}, "
                     f"but model.{name} {size} / parallel.tensor={tensor} is {size / tensor:g}: use precision=bf16"
                 )
+    if precision.fp8 == "blockwise" and parallel.overlap_tensor:
+        yield (
+            "parallel.overlap_tensor=true cannot go with precision.fp8=blockwise: Transformer Engine's userbuffers "
+            "carry no blockwise tensors. Use precision=fp8_delayed or fp8_tensorwise"
+        )
 
 
-def _check_pipeline_split(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+def _check_pipeline_split(parallel: ParallelConfig, model: ModelConfig, precision: PrecisionConfig) -> Iterator[str]:
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if model.num_layers % chunks:
         layout = f"parallel.pipeline={parallel.pipeline}"
@@ -115,7 +143,12 @@ def _check_pipeline_split(parallel: ParallelConfig, model: ModelConfig) -> Itera
             layout += f" x parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks} chunks"
         allowed = _divisors(model.num_layers)
         yield f"model.num_layers {model.num_layers} is not divisible by {layout}: use a product among {allowed}"
-    elif parallel.recompute == "full" and parallel.recompute_layers > model.num_layers // chunks:
+        return
+    for name in ("bf16_first_layers", "bf16_last_layers"):
+        number, most = getattr(precision, name) or 0, model.num_layers // parallel.pipeline
+        if number > most:
+            yield f"precision.{name} is {number}, but a pipeline stage of this layout has only {most} layers"
+    if parallel.recompute in ("full", "block") and parallel.recompute_layers > model.num_layers // chunks:
         yield (
             f"parallel.recompute_layers is {parallel.recompute_layers}, but a model chunk of this layout has only "
             f"{model.num_layers // chunks} layers"

@@ -42,8 +42,8 @@ _WITHOUT_EFFECT: tuple[tuple[str, Callable[[TrainStageConfig], bool], str], ...]
     ),
     (
         "parallel.recompute_layers",
-        lambda c: c.parallel.recompute != "full" and c.parallel.recompute_layers != 1,
-        "unless parallel.recompute=full: set that, or leave it out",
+        lambda c: c.parallel.recompute not in ("full", "block") and c.parallel.recompute_layers != 1,
+        "unless parallel.recompute is full or block: set that, or leave it out",
     ),
     (
         "preference.gt_reward_scale",
@@ -93,6 +93,16 @@ def check_train(config: TrainStageConfig) -> Iterator[str]:
         yield "the length of the stage is missing: set train.epochs (passes over the rows) or train.max_steps"
     if not wrong and (config.parallel.data or 1) > 0:
         yield from check_batches(config, config.parallel.data or 1)
+    yield from check_overlap(config)
+
+
+def check_overlap(config: TrainStageConfig) -> Iterator[str]:
+    """Userbuffers are made for one size of micro-batch."""
+    if config.parallel.overlap_tensor and not isinstance(config, PretrainStageConfig) and not config.train.packing:
+        yield (
+            "parallel.overlap_tensor=true needs micro-batches of one size: set train.packing=true, or "
+            "parallel.overlap_tensor=false"
+        )
 
 
 def check_batches(config: TrainStageConfig, data: int) -> Iterator[str]:

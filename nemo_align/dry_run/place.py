@@ -74,12 +74,16 @@ def layout_lines(parallel: ParallelConfig, precision: PrecisionConfig, training:
             ("distributed optimizer", training and parallel.distributed_optimizer),
             ("gradients reduced during the backward pass", training and parallel.overlap_grad_reduce),
             ("parameters gathered during the forward pass", training and parallel.overlap_param_gather),
+            ("tensor-parallel communication beside the products", parallel.overlap_tensor),
         )
         if on
     ]
-    recompute = {"none": "activations kept", "selective": "core attention recomputed"}.get(
-        parallel.recompute, f"layers recomputed, {parallel.recompute_layers} at a time"
-    )
+    recompute = {
+        "none": "activations kept",
+        "selective": "core attention recomputed",
+        "full": f"layers recomputed, {parallel.recompute_layers} at a time",
+        "block": f"{parallel.recompute_layers} layers of each chunk recomputed",
+    }[parallel.recompute]
     chunks = f" in {parallel.virtual_pipeline} interleaved chunks" if parallel.virtual_pipeline > 1 else ""
     lines = [
         f"{size} processes{shown}: tensor {parallel.tensor} x pipeline {parallel.pipeline}{chunks} x data "

@@ -30,16 +30,15 @@ from nemo_align.model.counts import count_parameters
 from nemo_align.runtime import device, signal_lead
 from nemo_align.stages.pretrain import phases_with_samples, pretraining_layout
 from nemo_align.stages.rows import num_examples as examples_of
-from nemo_align.stages.rows import row_capacity
 from nemo_align.stages.score import EXAMPLES_PER_STEP
 from nemo_align.training.schedule_length import num_steps
 from nemo_align.training.session import tokenizer_of
-from nemo_align.training.step_layout import step_layout
+from nemo_align.training.step_layout import micro_batch_capacity, step_layout
 
 device.install()  # before the imports of Megatron-core that the first rank makes
 
-# What an example of a verb is called, and how many sequences it has.
-EXAMPLES = {"sft": ("dialogues", 1), "reward": ("rated responses", 1), "preference": ("pairs", 2)}
+# What an example of a verb is called.
+EXAMPLES = {"sft": "dialogues", "reward": "rated responses", "preference": "pairs"}
 
 
 def dry_run(
@@ -143,14 +142,14 @@ def _phase_starts(config: PretrainStageConfig) -> list[int]:
 def _rows(
     verb: str, config: TrainStageConfig, parallel: ParallelConfig, findings: Findings
 ) -> tuple[list[Section], BatchSchedule, int | None]:
-    kind, sequences = EXAMPLES[verb]
+    kind = EXAMPLES[verb]
     batches = BatchSchedule(config.train)
     layout = step_layout(
         config.model,
         parallel,
         config.precision,
         place.first_gpu(parallel),
-        capacity=row_capacity(config, sequences),
+        capacity=micro_batch_capacity(config),
         packing=config.train.packing,
         micro_batch_size=config.train.micro_batch_size,
     )

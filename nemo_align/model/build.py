@@ -9,6 +9,7 @@ from torch import distributed
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.objectives import RewardConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
+from nemo_align.model import attention_kernels
 from nemo_align.model.counts import padded_vocab_size
 from nemo_align.model.initial_weights import generator_of, initialize_weights
 from nemo_align.model.layer_spec import decoder_spec
@@ -16,6 +17,7 @@ from nemo_align.model.megatron import GPTModel
 from nemo_align.model.reward_head import RewardModel
 from nemo_align.model.rotary import PackedRotaryEmbedding
 from nemo_align.model.transformer_config import build_transformer_config
+from nemo_align.runtime.device import use_gpu
 from nemo_align.runtime.topology import Topology
 
 
@@ -38,6 +40,8 @@ def build_model(
     Raises ValueError for a layout or precision that the model or the machine cannot have.
     """
     config = build_transformer_config(model, parallel, precision)
+    if use_gpu():
+        attention_kernels.clear()
     seed = _common_seed(topology)
     chunks = []
     for virtual_stage in range(parallel.virtual_pipeline):
@@ -46,6 +50,8 @@ def build_model(
         if reward_head is not None and chunk.post_process:
             _initialize_head(chunk, model, reward_head, seed)
         chunks.append(chunk.to(topology.device) if not _is_meta(chunk) else chunk)
+    if use_gpu():
+        attention_kernels.allow(precision.attention)
     return chunks
 
 

@@ -20,6 +20,22 @@ from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 FP8_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
 
 
+# Layers at each end of the model that a recipe keeps in bf16 unless told otherwise.
+_BF16_LAYERS = {"none": 0, "delayed": 0, "tensorwise": 1, "blockwise": 0}
+
+
+def bf16_layers(precision: PrecisionConfig) -> tuple[int, int]:
+    """(first, last) layers of the model whose products stay in bf16 under FP8."""
+    own = _BF16_LAYERS[precision.fp8]
+    first, last = precision.bf16_first_layers, precision.bf16_last_layers
+    return own if first is None else first, own if last is None else last
+
+
+def overlaps_p2p(parallel: ParallelConfig) -> bool:
+    """Whether GPUs send activations on beside the passes of other micro-batches."""
+    return parallel.virtual_pipeline > 1 if parallel.overlap_p2p is None else parallel.overlap_p2p
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
     """Parameters of the whole model, without vocabulary padding."""

@@ -11,26 +11,22 @@ from typing import Any
 
 import torch
 from megatron.core.activations import squared_relu
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
-from nemo_align.model.counts import head_dim
+from nemo_align.model.counts import bf16_layers, head_dim, overlaps_p2p
 from nemo_align.model.megatron import CUDA_GRAPH_FIELDS
 from nemo_align.runtime.device import use_gpu
 
 PARAMETER_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# Fields of Transformer Engine's recipes. Megatron-core's defaults (history 1, most recent, no bf16 layers) are not
-# these values; Megatron-core refuses bf16 layers under the delayed recipe.
+# Fields of Transformer Engine's recipes. Megatron-core's defaults (history 1, most recent) are not these values.
 FP8_RECIPES: dict[str, dict[str, Any]] = {
     "delayed": {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
-    "tensorwise": {
-        "first_last_layers_bf16": True,
-        "num_layers_at_start_in_bf16": 1,
-        "num_layers_at_end_in_bf16": 1,
-    },
+    "tensorwise": {},
     "blockwise": {},
 }
 
@@ -77,7 +73,7 @@ def build_transformer_config(
         **CUDA_GRAPH_FIELDS,
         **_recompute_fields(parallel),
         **_fp8_fields(precision),
-        **(_gpu_fields(parallel) if use_gpu() else _CPU_FIELDS),
+        **(_gpu_fields(parallel, precision) if use_gpu() else _CPU_FIELDS),
     )
 
 
@@ -97,8 +93,8 @@ _CPU_FIELDS: dict[str, Any] = {
 }
 
 
-def _gpu_fields(parallel: ParallelConfig) -> dict[str, Any]:
-    interleaved = parallel.virtual_pipeline > 1
+def _gpu_fields(parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, Any]:
+    beside = overlaps_p2p(parallel)
     return {
         "transformer_impl": "transformer_engine",
         "use_cpu_initialization": False,
@@ -109,8 +105,10 @@ def _gpu_fields(parallel: ParallelConfig) -> dict[str, Any]:
         # without; Transformer Engine's layers follow the same switch.
         "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         "persist_layer_norm": True,
-        "batch_p2p_comm": not interleaved,
-        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not beside,
+        "overlap_p2p_comm": beside,
+        "tp_comm_overlap": parallel.overlap_tensor,
+        "attention_backend": AttnBackend[precision.attention],
     }
 
 
@@ -125,7 +123,13 @@ def _recompute_fields(parallel: ParallelConfig) -> dict[str, Any]:
             "recompute_method": "uniform",
             "recompute_num_layers": parallel.recompute_layers,
         }
-    raise ValueError(f"parallel.recompute={parallel.recompute!r}: one of none, selective, full")
+    if parallel.recompute == "block":  # the first layers of each chunk
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": parallel.recompute_layers,
+        }
+    raise ValueError(f"parallel.recompute={parallel.recompute!r}: one of none, selective, full, block")
 
 
 def _parameter_dtype(precision: PrecisionConfig) -> torch.dtype:
@@ -143,7 +147,15 @@ def _fp8_fields(precision: PrecisionConfig) -> dict[str, Any]:
         raise ValueError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16, which is {precision.dtype}")
     if not use_gpu():
         raise ValueError(f"precision.fp8={precision.fp8} needs a GPU and Transformer Engine: set precision.fp8=none")
-    return {"fp8": "hybrid", "fp8_recipe": precision.fp8, **FP8_RECIPES[precision.fp8]}
+    first, last = bf16_layers(precision)
+    return {
+        "fp8": "hybrid",
+        "fp8_recipe": precision.fp8,
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+        **FP8_RECIPES[precision.fp8],
+    }
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -7,9 +7,10 @@ Of one layer and token, in values of the model's format (t: tensor-parallel size
     (q + 2k)/t  queries, keys, values after the rotation        f / t   fc1's result, the input of the squared ReLU
     q / t       attention's result, the projection's input      f / t   its square, the input of fc2
 
-and 4 bytes a head and token for flash attention's log-sum-exp. No scores (S x S), no dropout masks, no gate: the model
-has none. With FP8 the inputs of the four products are kept in FP8 (a byte), the attention's result in bf16 too.
-Recomputing "selective" (the core attention) saves only the log-sum-exp; "full" keeps the input of each block of layers.
+and 4 bytes a head and token for flash attention's log-sum-exp. No scores (S x S) but with precision.attention=unfused,
+no dropout masks, no gate: the model has none. With FP8 the inputs of the four products are kept in FP8 (a byte), the
+attention's result in bf16 too. Recomputing "selective" (the core attention) saves the log-sum-exp or the scores; "full"
+keeps the input of each group of layers, "block" that of each recomputed layer and all of the others.
 Arithmetic after Korthikanti et al. (arXiv 2205.05198), whose 34 s b h is that of a layer with dropout and GeLU.
 """
 
@@ -40,22 +41,34 @@ def layer_parts(job: Job) -> dict[str, float]:
 
 def layer_bytes(job: Job) -> float:
     """One layer, one micro-batch, everything kept."""
-    return job.work.tokens * sum(layer_parts(job).values())
+    return job.work.tokens * sum(layer_parts(job).values()) + _score_bytes(job)
+
+
+def _score_bytes(job: Job) -> float:
+    """The S x S probabilities that unfused attention keeps; flash and fused attention keep none."""
+    if job.precision.attention != "unfused":
+        return 0.0
+    return job.value_bytes * job.work.squared_tokens * job.model.num_attention_heads / job.parallel.tensor
+
+
+def _attention_bytes(job: Job) -> float:
+    """What only the core attention keeps: its log-sum-exp, or the probabilities."""
+    return _score_bytes(job) + job.work.tokens * 4 * job.model.num_attention_heads / job.parallel.tensor
 
 
 def chunk_bytes(job: Job) -> float:
     """What a forward pass of one model chunk leaves behind until its backward pass."""
-    layers, recompute = job.layers_per_chunk, job.parallel.recompute
-    if recompute == "full":
-        blocks = -(-layers // job.parallel.recompute_layers)
-        return blocks * job.work.tokens * job.value_bytes * job.model.hidden_size / job.sequence_split
-    saved = 4 * job.model.num_attention_heads / job.parallel.tensor if recompute == "selective" else 0.0
-    return layers * (layer_bytes(job) - job.work.tokens * saved)
+    again = job.recomputed_layers
+    inputs = -(-again // job.parallel.recompute_layers) if job.parallel.recompute == "full" else again
+    kept = inputs * job.work.tokens * job.value_bytes * job.model.hidden_size / job.sequence_split
+    saved = _attention_bytes(job) if job.parallel.recompute == "selective" else 0.0
+    return kept + (job.layers_per_chunk - again) * (layer_bytes(job) - saved)
 
 
 def recomputed_block_bytes(job: Job) -> float:
     """Of the block of layers that a backward pass has computed again."""
-    return job.parallel.recompute_layers * layer_bytes(job) if job.parallel.recompute == "full" else 0.0
+    at_a_time = {"full": job.parallel.recompute_layers, "block": 1}
+    return at_a_time.get(job.parallel.recompute, 0) * layer_bytes(job)
 
 
 def working_bytes(job: Job) -> float:

@@ -32,7 +32,6 @@ def changes_that_fit(
     batch_size: int,
     lengths: np.ndarray | None,
     *,
-    tensor_overlap: bool = False,
     card: float = h100.CARD_BYTES,
 ) -> list[Change]:
     """Changes under which the stage fits on GPUs of `card` bytes, by GPUs needed and then by throughput; nothing if no
@@ -50,13 +49,12 @@ def changes_that_fit(
                 changed = variant(stage, **keys)
                 if problems(changed):
                     continue
-                job = job_of(changed, batch_size, lengths, tensor_overlap=tensor_overlap)
+                job = job_of(changed, batch_size, lengths)
                 if memory_plan(job, card=card).fits:
                     found.append((keys, changed))
         if found:
             fitting = [
-                Change(_overrides(keys, changed), estimate(changed, batch_size, lengths, tensor_overlap=tensor_overlap))
-                for keys, changed in found
+                Change(_overrides(keys, changed), estimate(changed, batch_size, lengths)) for keys, changed in found
             ]
             fitting.sort(key=lambda c: (c.estimate.job.world_size, -c.estimate.tokens_per_second_per_gpu))
             return fitting[:_SHOWN]

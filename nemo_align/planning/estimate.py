@@ -83,7 +83,7 @@ class CheckpointCost:
     bytes_per_second: float
 
 
-def job_of(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None, *, tensor_overlap: bool) -> Job:
+def job_of(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None) -> Job:
     """The job of a stage whose `parallel.data` is set.
 
     Raises:
@@ -98,19 +98,16 @@ def job_of(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None,
         precision=stage.precision,
         work=step_work(stage, batch_size, lengths),
         head=head,
-        tensor_overlap=tensor_overlap,
     )
 
 
-def estimate(
-    stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None, *, tensor_overlap: bool = False
-) -> Estimate:
+def estimate(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None) -> Estimate:
     """Memory and time of steps of `batch_size` examples.
 
     Raises:
         ValueError: an example does not fit a micro-batch.
     """
-    job = job_of(stage, batch_size, lengths, tensor_overlap=tensor_overlap)
+    job = job_of(stage, batch_size, lengths)
     return Estimate(job, memory_plan(job, reference_pass=isinstance(stage, PreferenceStageConfig)), step_time(job))
 
 
@@ -126,6 +123,8 @@ def checkpoint_cost(job: Job, bytes_per_second: float | None = None) -> Checkpoi
 def forward_seconds(of: Estimate, examples: int) -> float:
     """A forward-only pass over `examples`, by the share of a step's passes that forward takes (no bubble of backward
     passes, no gradients): the reference pass of a preference stage."""
-    passes = layer(of.job)
+    job = of.job
+    all_recomputed = job.recomputed_layers == job.layers_per_chunk
+    passes = layer(job, fp8=job.precision.fp8 != "none", recomputed=all_recomputed)
     share = passes.forward.total / (passes.forward.total + passes.backward.total)
     return share * of.time.pipeline * examples / of.job.work.examples

@@ -35,9 +35,12 @@ def _stage(
     from nemo_align.model.build import build_model
     from nemo_align.runtime.topology import pretended_rank
 
-    # One replica: parameters do not depend on their number, and groups of thousands of ranks take seconds.
+    # One replica: parameters do not depend on their number, and groups of thousands of ranks take seconds. Userbuffers
+    # would have to exist before the layers, and change no parameter.
     world_size = parallel.tensor * parallel.pipeline
-    alone = replace(parallel, data=1)
+    if not device.use_gpu():  # FP8 changes no parameter, and its layers are a GPU's
+        precision = PrecisionConfig(dtype=precision.dtype)
+    alone = replace(parallel, data=1, overlap_tensor=False)
     rank = parallel.tensor * stage
     with pretended_rank(alone, rank=rank, world_size=world_size) as topology, torch.device("meta"):
         chunks = build_model(model, alone, precision, topology, reward_head=reward)

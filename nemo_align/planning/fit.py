@@ -58,7 +58,7 @@ def fit(config: WorkerConfig, card: float) -> Fit:
 def stage_memory(config: TrainStageConfig, card: float = h100.CARD_BYTES) -> MemoryPlan:
     """Memory of a training stage whose `parallel.data` is set, at its last batch size and with full rows."""
     length = stage_length(PlannedStage(stage=config))
-    job = job_of(config, length.batches[-1].size, length.lengths, tensor_overlap=False)
+    job = job_of(config, length.batches[-1].size, length.lengths)
     return memory_plan(job, card=card)
 
 

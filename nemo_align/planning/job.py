@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nemo_align.config.model import ModelConfig
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
+from nemo_align.model.counts import bf16_layers
 from nemo_align.planning.parameters import RewardHeadSize
 
 
@@ -31,7 +32,6 @@ class Job:
     precision: PrecisionConfig
     work: StepWork
     head: RewardHeadSize | None = None  # of a reward model, which has no output projection
-    tensor_overlap: bool = False  # tensor-parallel communication overlaps with the products
 
     @property
     def data(self) -> int:
@@ -56,14 +56,20 @@ class Job:
         """Bytes of a weight or an activation."""
         return 2 if self.precision.dtype == "bf16" else 4
 
-    def layers_in_fp8(self, stage: int, chunk: int) -> int:
-        """Of a model chunk. Under the tensorwise recipe the model's first and last layer stay in bf16
-        (model/transformer_config.py)."""
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers of a model chunk whose activations are computed again as a whole."""
+        most = {"full": self.layers_per_chunk, "block": self.parallel.recompute_layers}
+        return min(self.layers_per_chunk, most.get(self.parallel.recompute, 0))
+
+    def fp8_layers(self, stage: int, chunk: int) -> list[bool]:
+        """Whether each layer of a model chunk multiplies in FP8: the first and last of the model may not."""
+        size = self.layers_per_chunk
+        begin = (chunk * self.parallel.pipeline + stage) * size
         if self.precision.fp8 == "none":
-            return 0
-        is_first = stage == 0 and chunk == 0
-        is_last = stage == self.parallel.pipeline - 1 and chunk == self.parallel.virtual_pipeline - 1
-        return self.layers_per_chunk - (is_first + is_last if self.precision.fp8 == "tensorwise" else 0)
+            return [False] * size
+        first, last = bf16_layers(self.precision)
+        return [first <= layer < self.model.num_layers - last for layer in range(begin, begin + size)]
 
     @property
     def is_interleaved(self) -> bool:

@@ -56,12 +56,11 @@ class Passes:
         return Passes(self.forward * times, self.backward * times, self.recomputed * times)
 
 
-def layer(job: Job, *, fp8: bool | None = None) -> Passes:
-    """One layer. `fp8`: whether its products are in FP8; None: as the job says."""
+def layer(job: Job, *, fp8: bool, recomputed: bool) -> Passes:
+    """One layer. `fp8`: whether its products are in FP8. `recomputed`: whether the backward pass computes it again."""
     model, tensor, tokens = job.model, job.parallel.tensor, job.work.tokens
-    in_fp8 = job.precision.fp8 != "none" if fp8 is None else fp8
     kind = job.precision.dtype
-    if in_fp8:
+    if fp8:
         kind = "fp8_blockwise" if job.precision.fp8 == "blockwise" else "fp8"
     h, f = model.hidden_size, model.ffn_hidden_size // tensor
     q = model.num_attention_heads * head_dim(model) // tensor
@@ -78,16 +77,18 @@ def layer(job: Job, *, fp8: bool | None = None) -> Passes:
     split, e = job.sequence_split, job.value_bytes
     streamed = tokens * e * (2 * 2 * h / split + 2 * 3 * h / split + 2 * qkv + 2 * f)
     streamed_back = tokens * e * (2 * 3 * h / split + 2 * 3 * h / split + 2 * qkv + 3 * f)
-    if in_fp8:  # read in bf16, written twice in FP8: as it is and transposed; tensorwise reads once more for the scale
+    if fp8:  # read in bf16, written twice in FP8: as it is and transposed; tensorwise reads once more for the scale
         cast = 6 if job.precision.fp8 == "tensorwise" else 4
         streamed += tokens * cast * (h + q + h + f)
         streamed_back += tokens * cast * (qkv + h + f + h)
-    there, back = _layer_communication(job, in_fp8, forward, by_input, by_weight)
+    there, back = _layer_communication(job, fp8, forward, by_input, by_weight)
 
     ahead = Seconds(sum(forward), attention[0], memory_seconds(streamed), there)
     behind = Seconds(sum(by_input) + sum(by_weight), attention[1], memory_seconds(streamed_back), back)
     ahead, behind = _launched(ahead, 0), _launched(behind, 1)
-    again = {"none": Seconds(), "selective": Seconds(attention=attention[0]), "full": ahead}[job.parallel.recompute]
+    again = ahead if recomputed else Seconds()
+    if job.parallel.recompute == "selective":
+        again = Seconds(attention=attention[0])
     return Passes(ahead, behind + again, again.total)
 
 
@@ -97,7 +98,7 @@ def _launched(seconds: Seconds, backward: int) -> Seconds:
 
 
 def _layer_communication(
-    job: Job, in_fp8: bool, forward: list[float], by_input: list[float], by_weight: list[float]
+    job: Job, fp8: bool, forward: list[float], by_input: list[float], by_weight: list[float]
 ) -> tuple[float, float]:
     """Exposed seconds of the tensor-parallel collectives, forward and backward.
 
@@ -112,13 +113,13 @@ def _layer_communication(
     if not job.parallel.sequence:
         reduce = all_reduce_seconds(size * job.value_bytes, tensor)
         return 2 * reduce, beside(reduce, by_weight[0]) + beside(reduce, by_weight[2])
-    gather = gather_seconds(size * (1 if in_fp8 else job.value_bytes), tensor)
+    gather = gather_seconds(size * (1 if fp8 else job.value_bytes), tensor)
     scatter = gather_seconds(size * job.value_bytes, tensor)
     hidden_back = (
         beside(scatter, by_weight[0]) + beside(scatter, by_weight[2])
         + beside(gather, by_input[0]) + beside(gather, by_input[2])
     )  # fmt: skip
-    if not job.tensor_overlap:
+    if not job.parallel.overlap_tensor:
         return 2 * gather + 2 * scatter, 2 * gather + hidden_back
     # Userbuffers cut a collective and its product into `tensor` pieces that follow each other: one piece stays bare.
     pieces = [beside(gather, forward[0]), beside(scatter, forward[1]), beside(gather, forward[2]), beside(scatter, forward[3])]  # fmt: skip  # noqa: E501

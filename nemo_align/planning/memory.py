@@ -114,7 +114,7 @@ def _stage(job: Job, stage: int, in_flight: int) -> StageMemory:
     states = 8 * matrices if in_fp32 else 12 * matrices  # bf16 weights have an fp32 copy
     is_last = stage == job.parallel.pipeline - 1
     activations = in_flight * chunk_bytes(job)
-    fp8_layers = sum(job.layers_in_fp8(stage, chunk) for chunk in range(job.parallel.virtual_pipeline))
+    fp8_layers = sum(sum(job.fp8_layers(stage, chunk)) for chunk in range(job.parallel.virtual_pipeline))
     recomputed, working = recomputed_block_bytes(job), working_bytes(job)
     loss = output_bytes(job) if is_last else 0.0
     return StageMemory(

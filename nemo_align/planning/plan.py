@@ -44,20 +44,20 @@ def plan(planned: PlannedStage | PlannedRecipe) -> None:
 
 def plan_layout(planned: PlannedStage) -> PlanResult:
     """The plan of the configured layout."""
-    stage, overlap = planned.stage, planned.plan.tensor_overlap
+    stage = planned.stage
     length = stage_length(planned)
-    estimates = [estimate(stage, batches.size, length.lengths, tensor_overlap=overlap) for batches in length.batches]
+    estimates = [estimate(stage, batches.size, length.lengths) for batches in length.batches]
     main, batch_size = estimates[-1], length.batches[-1].size
     changes = []
     if not main.memory.fits:
-        changes = changes_that_fit(stage, batch_size, length.lengths, tensor_overlap=overlap)
+        changes = changes_that_fit(stage, batch_size, length.lengths)
     counted = None
     if planned.plan.exact:
         from nemo_align.planning.exact import count_parameters_exactly
 
         reward = stage.reward if isinstance(stage, RewardStageConfig) else None
         counted = count_parameters_exactly(stage.model, stage.parallel, stage.precision, reward)
-    grown = scaling(stage, batch_size, length.lengths, tensor_overlap=overlap) if planned.plan.scaling else None
+    grown = scaling(stage, batch_size, length.lengths) if planned.plan.scaling else None
     return PlanResult(
         planned=planned,
         length=length,
@@ -75,12 +75,5 @@ def search_layouts(planned: PlannedStage) -> SearchResult:
     options = planned.plan
     length = stage_length(planned)
     assert options.gpus is not None
-    found = search(
-        planned.stage,
-        length.batches[-1].size,
-        length.lengths,
-        options.gpus,
-        options.top,
-        tensor_overlap=options.tensor_overlap,
-    )
+    found = search(planned.stage, length.batches[-1].size, length.lengths, options.gpus, options.top)
     return SearchResult(planned, length, found)

@@ -28,9 +28,7 @@ class Scaling:
     strong: list[ScalingRow]
 
 
-def scaling(
-    stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None, *, tensor_overlap: bool = False
-) -> Scaling:
+def scaling(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None) -> Scaling:
     """Weak: `batch_size` is that of the stage's own number of replicas and grows with theirs. Strong: it stays."""
     own = stage.parallel.data
     assert own is not None
@@ -41,7 +39,7 @@ def scaling(
         changed = variant(stage, parallel__data=data, train__global_batch_size=size, train__batch_ramp=[])
         found = None
         if size >= data and not problems(changed):
-            found = estimate(changed, size, lengths, tensor_overlap=tensor_overlap)
+            found = estimate(changed, size, lengths)
         return ScalingRow(cell * data, size, found)
 
     weak = [row(data, batch_size * data // own) for data in replicas if batch_size * data % own == 0]

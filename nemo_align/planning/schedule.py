@@ -64,18 +64,18 @@ class PassSeconds:
 _WALKED_ROUNDS = 3
 
 
-def step_seconds(times: PassSeconds, micro_batches: int, transfer_seconds: float) -> float:
+def step_seconds(times: PassSeconds, micro_batches: int, transfer_seconds: float, *, beside: bool) -> float:
     """From the first forward pass to the last backward pass.
 
-    `transfer_seconds`: from the end of a pass to the moment where the neighbour can use its result. In 1F1B the two
-    ranks wait for it (Megatron-core sends and receives between the passes); interleaved, transfers run beside the
-    passes and only delay what needs them.
+    `transfer_seconds`: from the end of a pass to the moment where the neighbour can use its result. `beside`: transfers
+    run beside the passes and only delay what needs them, as an interleaved schedule can; else, as in 1F1B, the two
+    ranks send and receive between their passes and wait for it.
     """
     pipeline, virtual = len(times.forward), len(times.forward[0])
     walked = min(micro_batches, _WALKED_ROUNDS * pipeline) if pipeline > 1 else 1
     slowest = max(times.busy(stage) for stage in range(pipeline))
-    blocking = transfer_seconds if virtual == 1 and pipeline > 1 else 0.0
-    rest = (micro_batches - walked) * (slowest + 2 * blocking)
+    blocking = transfer_seconds if pipeline > 1 and not beside else 0.0
+    rest = (micro_batches - walked) * (slowest + 2 * virtual * blocking)
     return _walk(times, walked, transfer_seconds, blocking) + rest
 
 

@@ -28,9 +28,7 @@ class Found:
     fitting: int
 
 
-def search(
-    stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None, gpus: int, top: int, *, tensor_overlap: bool
-) -> Found:
+def search(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None, gpus: int, top: int) -> Found:
     """The `top` fastest layouts of `gpus` GPUs that fit.
 
     Tensor parallelism stays inside a node and brings sequence parallelism, gradients are reduced during the backward
@@ -43,7 +41,7 @@ def search(
             continue
         tried += 1
         try:
-            job = job_of(candidate, batch_size, lengths, tensor_overlap=tensor_overlap)
+            job = job_of(candidate, batch_size, lengths)
         except ValueError:  # a row does not fit such a micro-batch
             continue
         memory = memory_plan(job)
@@ -54,7 +52,7 @@ def search(
     for least, number, candidate, memory in fitting:
         if len(best) == top and least >= -best[0][0]:
             break  # no later one can be faster than all of these
-        job = job_of(candidate, batch_size, lengths, tensor_overlap=tensor_overlap)
+        job = job_of(candidate, batch_size, lengths)
         found = Estimate(job, memory, step_time(job))
         heapq.heappush(best, (-found.time.total, -number, found))
         if len(best) > top:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 
+from nemo_align.model.counts import overlaps_p2p
 from nemo_align.planning import h100
 from nemo_align.planning.collectives import all_reduce_seconds, gather_seconds, send_seconds
 from nemo_align.planning.job import Job
@@ -52,13 +54,14 @@ class StepTime:
 
 def step_time(job: Job) -> StepTime:
     """Predicted seconds of one optimizer step, and what they are made of."""
-    stages = [_stage_passes(job, stage) for stage in range(job.parallel.pipeline)]
+    kinds = _layer_kinds(job)
+    stages = [_stage_passes(job, stage, kinds) for stage in range(job.parallel.pipeline)]
     times = PassSeconds(
         [[chunk.forward.total for chunk in chunks] for chunks in stages],
         [[chunk.backward.total for chunk in chunks] for chunks in stages],
     )
-    transfer = _transfer_seconds(job)
-    pipeline = step_seconds(times, job.work.micro_batches, transfer)
+    transfer, beside = _transfer_seconds(job), overlaps_p2p(job.parallel)
+    pipeline = step_seconds(times, job.work.micro_batches, transfer, beside=beside)
     busy = [times.busy(stage) for stage in range(len(stages))]
     busiest = max(range(len(stages)), key=busy.__getitem__)
     even = PassSeconds(*([[_mean(side)] * len(side[0])] * len(side) for side in (times.forward, times.backward)))
@@ -75,8 +78,8 @@ def step_time(job: Job) -> StepTime:
         tensor=count * parts.tensor,
         host=count * parts.host,
         waiting=max(0.0, pipeline - count * busy[busiest]),
-        transfers=max(0.0, pipeline - step_seconds(times, count, 0.0)),
-        imbalance=max(0.0, pipeline - step_seconds(even, count, transfer)),
+        transfers=max(0.0, pipeline - step_seconds(times, count, 0.0, beside=beside)),
+        imbalance=max(0.0, pipeline - step_seconds(even, count, transfer, beside=beside)),
         recomputed=count * recomputed,
         gradient_reduce=_exposed_reduce(job, times),
         parameter_gather=_exposed_gather(job),
@@ -87,7 +90,8 @@ def step_time(job: Job) -> StepTime:
 
 def least_seconds(job: Job) -> float:
     """Less than any step takes: the busiest stage without waiting. Cheap, for a first order of many layouts."""
-    stages = [_stage_passes(job, stage) for stage in {0, job.parallel.pipeline - 1}]
+    kinds = _layer_kinds(job)
+    stages = [_stage_passes(job, stage, kinds) for stage in {0, job.parallel.pipeline - 1}]
     busiest = max(sum(chunk.forward.total + chunk.backward.total for chunk in chunks) for chunks in stages)
     return job.work.micro_batches * busiest + _exposed_gather(job) + _optimizer_seconds(job)
 
@@ -97,16 +101,22 @@ def _mean(rows: list[list[float]]) -> float:
     return sum(values) / len(values)
 
 
-def _stage_passes(job: Job, stage: int) -> list[Passes]:
+def _layer_kinds(job: Job) -> dict[tuple[bool, bool], Passes]:
+    """A layer's passes by (whether it multiplies in FP8, whether it is computed again), as far as there are such."""
+    fp8s = (False, True) if job.precision.fp8 != "none" else (False,)
+    agains = (False, True) if job.recomputed_layers else (False,)
+    return {(fp8, again): layer(job, fp8=fp8, recomputed=again) for fp8 in fp8s for again in agains}
+
+
+def _stage_passes(job: Job, stage: int, kinds: dict[tuple[bool, bool], Passes]) -> list[Passes]:
     """Each chunk of a stage, for one micro-batch."""
-    in_fp8 = layer(job, fp8=True) if job.precision.fp8 != "none" else None
-    plain = layer(job, fp8=False)
     chunks = []
     for chunk in range(job.parallel.virtual_pipeline):
-        fp8_layers = job.layers_in_fp8(stage, chunk)
-        passes = plain * (job.layers_per_chunk - fp8_layers)
-        if in_fp8 is not None:
-            passes = passes + in_fp8 * fp8_layers
+        in_fp8 = job.fp8_layers(stage, chunk)
+        recomputed = [place < job.recomputed_layers for place in range(job.layers_per_chunk)]
+        passes = Passes(Seconds(), Seconds())
+        for (fp8, again), count in Counter(zip(in_fp8, recomputed, strict=True)).items():
+            passes = passes + kinds[fp8, again] * count
         if stage == 0 and chunk == 0:
             passes = passes + embedding(job)
         if stage == job.parallel.pipeline - 1 and chunk == job.parallel.virtual_pipeline - 1:

@@ -66,7 +66,6 @@ def run(config: PreferenceStageConfig, topology: Topology, stop: StopRequest) ->
         )
 
     train, validation = tokenize_all(session, tokenize)
-    pairs = {"kind": "pairs", "sequences_per_example": 2}
     reference = reference_log_probs(
         session, {"train": train, **{f"validation/{name}": rows for name, rows in validation.items()}}
     )
@@ -74,9 +73,9 @@ def run(config: PreferenceStageConfig, topology: Topology, stop: StopRequest) ->
         verb="preference",
         tokenizer=session.tokenizer,
         objective=PreferenceObjective(config, topology),
-        train=row_source(session, train, extra_targets=reference.values["train"], **pairs),
+        train=row_source(session, train, kind="pairs", extra_targets=reference.values["train"]),
         validation={
-            name: row_source(session, rows, extra_targets=reference.values[f"validation/{name}"], **pairs)
+            name: row_source(session, rows, kind="pairs", extra_targets=reference.values[f"validation/{name}"])
             for name, rows in validation.items()
         },
         forward_only={"reference": reference.totals},

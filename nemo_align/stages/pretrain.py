@@ -24,7 +24,7 @@ from nemo_align.stages.language_model import LanguageModelObjective
 from nemo_align.stages.rows import cache_directory
 from nemo_align.training.run import run_training
 from nemo_align.training.session import open_session
-from nemo_align.training.step_layout import step_layout
+from nemo_align.training.step_layout import micro_batch_capacity, step_layout
 from nemo_align.training.task import Task
 
 
@@ -71,7 +71,7 @@ def pretraining_layout(config: PretrainStageConfig, topology: Topology) -> StepL
         config.parallel,
         config.precision,
         topology,
-        capacity=config.data.sequence_length,
+        capacity=micro_batch_capacity(config),
         packing=False,
         micro_batch_size=config.train.micro_batch_size,
     )

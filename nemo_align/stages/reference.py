@@ -63,7 +63,7 @@ def reference_log_probs(session: Session, sets: dict[str, TokenizedRows]) -> Ref
     objective = ResponseLogProbs(config.model.vocab_size, topology)
     try:
         for name, rows in sets.items():
-            source = row_source(session, rows, kind="pairs", sequences_per_example=2)
+            source = row_source(session, rows, kind="pairs")
             steps = source.evaluation(config.train.global_batch_size)
             compute_missing(session, f"reference {name}", rows, steps, objective, cache, totals)
     except Stopped:

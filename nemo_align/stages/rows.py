@@ -13,7 +13,7 @@ from nemo_align.data.source import RowSource
 from nemo_align.data.tokenized_rows import TokenizedRows
 from nemo_align.runtime.rank_order import rank_zero_first
 from nemo_align.training.session import Session
-from nemo_align.training.step_layout import step_layout
+from nemo_align.training.step_layout import micro_batch_capacity, step_layout
 
 Tokenize = Callable[[dict[str, RowsConfig]], TokenizedRows]
 
@@ -38,7 +38,6 @@ def row_source(
     rows: TokenizedRows,
     *,
     kind: str,
-    sequences_per_example: int = 1,
     extra_targets: dict[str, np.ndarray] | None = None,
 ) -> RowSource:
     """Exact batches over `rows` for this data-parallel rank."""
@@ -48,17 +47,11 @@ def row_source(
         session,
         rows,
         kind=kind,
-        capacity=row_capacity(config, sequences_per_example),
+        capacity=micro_batch_capacity(config),
         packing=config.train.packing,
         micro_batch_size=config.train.micro_batch_size,
         extra_targets=extra_targets,
     )
-
-
-def row_capacity(config: TrainStageConfig, sequences_per_example: int) -> int:
-    """Tokens of a packed micro-batch; without packing, of the longest example."""
-    longest = config.data.sequence_length * sequences_per_example
-    return (config.train.micro_batch_tokens or longest) if config.train.packing else longest
 
 
 def packed_source(

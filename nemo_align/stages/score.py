@@ -33,6 +33,7 @@ from nemo_align.training.metrics import MetricsWriter
 from nemo_align.training.peak import peak_tflops
 from nemo_align.training.result import StageResult, read_result, write_result
 from nemo_align.training.session import Session, open_session, resolve_initial
+from nemo_align.training.step_layout import micro_batch_capacity
 from nemo_align.training.throughput import Throughput
 
 logger = logging.getLogger("nemo_align")
@@ -126,9 +127,7 @@ def reward_of(reference: CheckpointReference) -> RewardConfig:
 def _score(session: Session, name: str, rows: TokenizedRows, cache: ExampleCache, totals: ForwardTotals) -> np.ndarray:
     """Scores [examples, attributes] in the order of the rows, on every rank."""
     config = session.config
-    source = packed_source(
-        session, rows, kind="responses", capacity=config.micro_batch_tokens or config.data.sequence_length
-    )
+    source = packed_source(session, rows, kind="responses", capacity=micro_batch_capacity(config))
     steps = source.evaluation(EXAMPLES_PER_STEP)
     compute_missing(session, f"score {name}", rows, steps, ReadScores(cache.names), cache, totals)
     columns = cache.columns(rows.example_fingerprint(index) for index in range(len(rows)))

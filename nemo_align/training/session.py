@@ -19,6 +19,7 @@ from nemo_align.runtime import watchdog
 from nemo_align.runtime.agreement import on_main
 from nemo_align.runtime.signals import StopRequest
 from nemo_align.runtime.topology import Topology
+from nemo_align.training import userbuffers
 
 logger = logging.getLogger("nemo_align")
 
@@ -85,6 +86,7 @@ def open_session(
     watchdog.beat("reading what checkpoint.init_from names")
     initial = resolve_initial(config, topology)
     tokenizer = tokenizer_of(config)
+    userbuffers.start(config)
     watchdog.beat("building the model")
     chunks = build_model(config.model, config.parallel, config.precision, topology, reward_head=reward)
     watchdog.beat("loading the initial weights")

@@ -25,6 +25,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline2_interleaved": {"pipeline": 2, "virtual_pipeline": 2},
     "recompute_selective": {"tensor": 2, "recompute": "selective"},
     "recompute_full": {"tensor": 2, "sequence": True, "recompute": "full"},
+    "recompute_block": {"tensor": 2, "sequence": True, "recompute": "block"},
     "tensor2_pipeline2_sequence": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True},
 }
 

@@ -126,7 +126,7 @@ def planned(config: TrainStageConfig) -> list[float]:
     lengths = max(found, key=len, default=None)  # of training, not of validation
     config.parallel = job_layout(config, started=2)
     with patch.object(activations, "LOSS_CHUNK_TOKENS", plan_tables.CPU_LOSS_CHUNK_TOKENS):
-        stages = memory_plan(job_of(config, config.train.global_batch_size, lengths, tensor_overlap=False)).stages
+        stages = memory_plan(job_of(config, config.train.global_batch_size, lengths)).stages
     return [stage.tensors for stage in stages]
 
 

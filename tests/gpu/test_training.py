@@ -47,7 +47,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(inputs: GpuInputs, tmp_path: Pat
     assert gpu["loss"] == pytest.approx(cpu["loss"], rel=LOSS)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_tensorwise"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8_delayed", "fp8_tensorwise"])
 def test_a_resumed_run_ends_as_an_undisturbed_one(precision: str, inputs: GpuInputs, tmp_path: Path) -> None:
     same = [
         *inputs.overrides("sft"),

@@ -133,6 +133,7 @@ def predict(run: Run) -> Estimate:
         sequence=run.tensor > 1,
         overlap_grad_reduce=True,
         overlap_param_gather=run.overlap,
+        overlap_tensor=run.overlap and run.tensor > 1,
     )
     work = StepWork(
         examples=run.batch,
@@ -144,7 +145,7 @@ def predict(run: Run) -> Estimate:
         rows=run.rows,
     )
     precision = PrecisionConfig(fp8=run.fp8, grad_reduce_fp32=not run.bf16_gradients)
-    job = Job(model=model, parallel=parallel, precision=precision, work=work, tensor_overlap=run.overlap)
+    job = Job(model=model, parallel=parallel, precision=precision, work=work)
     return Estimate(job, memory_plan(job), step_time(job))
 
 

@@ -114,8 +114,31 @@ WRONG = [
     ("sft", ["parallel.virtual_pipeline=2"], "needs parallel.pipeline > 1"),
     ("sft", ["parallel.data=0"], "parallel.data is 0, but must be at least 1"),
     ("sft", ["parallel.overlap_param_gather=true"], "needs parallel.distributed_optimizer=true"),
-    ("sft", ["parallel.recompute=ful"], "must be one of none, selective, full; did you mean 'full'?"),
+    ("sft", ["parallel.recompute=ful"], "must be one of none, selective, full, block; did you mean 'full'?"),
     ("sft", ["parallel.recompute=full", "parallel.recompute_layers=5"], "has only 4 layers"),
+    ("sft", ["parallel.recompute=block", "parallel.recompute_layers=5"], "has only 4 layers"),
+    ("sft", ["parallel.overlap_tensor=true"], "needs parallel.sequence=true"),
+    (
+        "sft",
+        ["parallel=tp2_sp", "parallel.overlap_tensor=true", "train.packing=false"],
+        "needs micro-batches of one size: set train.packing=true",
+    ),
+    (
+        "sft",
+        ["parallel=tp2_sp", "parallel.overlap_tensor=true", "precision=fp8_blockwise"],
+        "userbuffers carry no blockwise tensors. Use precision=fp8_delayed or fp8_tensorwise",
+    ),
+    ("sft", ["parallel=pp2", "parallel.overlap_p2p=true"], "needs an interleaved schedule"),
+    ("sft", ["tp_comm_overlap=true"], "parallel.overlap_tensor"),
+    ("sft", ["precision.attention=flsh"], "did you mean 'flash'?"),
+    ("sft", ["precision.bf16_first_layers=1"], "has no effect without FP8"),
+    ("sft", ["precision=fp8_tensorwise", "precision.bf16_last_layers=-1"], "must be at least 0"),
+    ("sft", ["precision=fp8_delayed", "precision.bf16_first_layers=1"], "cannot go with precision.fp8=delayed"),
+    (
+        "sft",
+        ["parallel=pp2", "precision=fp8_tensorwise", "precision.bf16_first_layers=3"],
+        "a pipeline stage of this layout has only 2 layers",
+    ),
     ("sft", ["precision.dtype=fp16"], "precision.dtype is 'fp16', but must be one of bf16, fp32"),
     ("sft", ["precision.fp8=delayd"], "did you mean 'delayed'?"),
     ("sft", ["precision=fp32", "precision.fp8=delayed"], "precision.fp8=delayed needs precision.dtype=bf16"),
@@ -225,7 +248,7 @@ WRONG = [
     (
         "sft",
         ["parallel.recompute_layers=2"],
-        "parallel.recompute_layers=2 has no effect unless parallel.recompute=full",
+        "parallel.recompute_layers=2 has no effect unless parallel.recompute is full or block",
     ),
     ("preference", ["preference.gt_reward_scale=2"], "preference.gt_reward_scale=2.0 has no effect on dpo and ipo"),
     (
@@ -355,6 +378,8 @@ def test_fp8_needs_a_gpu():
     check_accelerator(PrecisionConfig(), num_gpus=0)
     with pytest.raises(ConfigError, match="use precision=bf16 here"):
         check_accelerator(PrecisionConfig(fp8="delayed"), num_gpus=0)
+    with pytest.raises(ConfigError, match=r"precision\.attention=flash chooses a GPU's kernel"):
+        check_accelerator(PrecisionConfig(attention="flash"), num_gpus=0)
 
 
 def test_all_problems_are_shown_at_once():

@@ -73,6 +73,8 @@ def test_recompute() -> None:
     selective, full = _build(recompute="selective"), _build(recompute="full", recompute_layers=2)
     assert (selective.recompute_granularity, selective.recompute_modules) == ("selective", ["core_attn"])
     assert (full.recompute_granularity, full.recompute_method, full.recompute_num_layers) == ("full", "uniform", 2)
+    block = _build(recompute="block", recompute_layers=3)
+    assert (block.recompute_granularity, block.recompute_method, block.recompute_num_layers) == ("full", "block", 3)
 
 
 def test_on_a_gpu_kernels_are_fused_and_an_interleaved_pipeline_overlaps(gpu: None) -> None:
@@ -80,6 +82,14 @@ def test_on_a_gpu_kernels_are_fused_and_an_interleaved_pipeline_overlaps(gpu: No
     assert config.apply_rope_fusion and config.masked_softmax_fusion and not config.use_cpu_initialization
     assert (config.batch_p2p_comm, config.overlap_p2p_comm) == (True, False)
     assert (interleaved.batch_p2p_comm, interleaved.overlap_p2p_comm) == (False, True)
+    one_by_one = _build(pipeline=2, virtual_pipeline=2, overlap_p2p=False)
+    assert (one_by_one.batch_p2p_comm, one_by_one.overlap_p2p_comm) == (True, False)
+
+
+def test_on_a_gpu_userbuffers_and_the_attention_s_kernel_are_chosen(gpu: None) -> None:
+    config = _build(tensor=2, sequence=True, overlap_tensor=True, precision={"attention": "fused"})
+    assert config.tp_comm_overlap and config.attention_backend.name == "fused"
+    assert not _build().tp_comm_overlap and _build().attention_backend.name == "auto"
 
 
 def test_fp8_recipes(gpu: None) -> None:
@@ -91,6 +101,11 @@ def test_fp8_recipes(gpu: None) -> None:
     assert not delayed.first_last_layers_bf16 and not blockwise.first_last_layers_bf16
     assert tensorwise.first_last_layers_bf16
     assert (tensorwise.num_layers_at_start_in_bf16, tensorwise.num_layers_at_end_in_bf16) == (1, 1)
+    chosen = _build(precision={"fp8": "blockwise", "bf16_first_layers": 1, "bf16_last_layers": 2})
+    assert chosen.first_last_layers_bf16
+    assert (chosen.num_layers_at_start_in_bf16, chosen.num_layers_at_end_in_bf16) == (1, 2)
+    none = _build(precision={"fp8": "tensorwise", "bf16_first_layers": 0, "bf16_last_layers": 0})
+    assert not none.first_last_layers_bf16
     assert (tensorwise.fp8_recipe, blockwise.fp8_recipe) == ("tensorwise", "blockwise")
 
 
@@ -101,7 +116,7 @@ def test_fp8_recipes(gpu: None) -> None:
         ({"precision": {"fp8": "delayed", "dtype": "fp32"}}, r"needs precision\.dtype=bf16"),
         ({"precision": {"fp8": "mxfp4"}}, r"precision\.fp8='mxfp4': one of none, delayed, tensorwise, blockwise"),
         ({"precision": {"dtype": "fp16"}}, r"precision\.dtype='fp16': one of bf16, fp32"),
-        ({"recompute": "some"}, r"parallel\.recompute='some': one of none, selective, full"),
+        ({"recompute": "some"}, r"parallel\.recompute='some': one of none, selective, full, block"),
         ({"tensor": 3}, r"parallel\.tensor=3 does not divide model\.num_attention_heads=8"),
         ({"pipeline": 3}, r"model\.num_layers=4 is not a multiple of .*=3"),
         ({"pipeline": 2, "virtual_pipeline": 4}, r"=8"),

@@ -21,7 +21,6 @@ def job(
     model: str | ModelConfig = "nemotron4_340b",
     rows: int = 1,
     length: int = 4096,
-    tensor_overlap: bool = False,
     precision: PrecisionConfig | None = None,
     **layout: Any,
 ) -> Job:
@@ -42,7 +41,6 @@ def job(
         parallel=parallel,
         precision=precision or PrecisionConfig(),
         work=work,
-        tensor_overlap=tensor_overlap,
     )
 
 

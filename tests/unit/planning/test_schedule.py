@@ -44,24 +44,28 @@ def test_the_papers_layout_holds_107_chunks():
 def test_bubble_of_even_stages(pipeline, virtual, count):
     """(p - 1) / v micro-batches' worth: arXiv 2104.04473, sections 2.2.1 and 2.2.2."""
     expected = 3 * count + 3 * (pipeline - 1) / virtual
-    assert step_seconds(even(pipeline, virtual), count, 0.0) == pytest.approx(expected)
+    assert step_seconds(even(pipeline, virtual), count, 0.0, beside=virtual > 1) == pytest.approx(expected)
 
 
 def test_the_slowest_stage_sets_the_pace():
     times = PassSeconds([[1.0], [1.5], [1.0]], [[2.0], [3.0], [2.0]])
-    few, many = step_seconds(times, 12, 0.0), step_seconds(times, 112, 0.0)
+    few, many = step_seconds(times, 12, 0.0, beside=False), step_seconds(times, 112, 0.0, beside=False)
     assert many - few == pytest.approx(100 * 4.5)
 
 
-def test_micro_batches_that_are_not_walked_add_the_same(monkeypatch):
+@pytest.mark.parametrize("beside", [True, False])
+def test_micro_batches_that_are_not_walked_add_the_same(beside, monkeypatch):
     times = PassSeconds([[0.5, 0.6], [0.5, 0.9]], [[1.0, 1.1], [1.2, 1.7]])
-    short = step_seconds(times, 24, 0.01)
+    short = step_seconds(times, 24, 0.01, beside=beside)
     monkeypatch.setattr("nemo_align.planning.schedule._WALKED_ROUNDS", 100)
-    assert step_seconds(times, 24, 0.01) == pytest.approx(short, rel=1e-3)
+    assert step_seconds(times, 24, 0.01, beside=beside) == pytest.approx(short, rel=1e-3)
 
 
 def test_transfers_block_1f1b_and_delay_the_interleaved_schedule():
-    blocking = step_seconds(even(4, 1), 40, 0.1) - step_seconds(even(4, 1), 40, 0.0)
+    def cost(virtual: int, beside: bool) -> float:
+        times = even(4, virtual)
+        return step_seconds(times, 40, 0.1, beside=beside) - step_seconds(times, 40, 0.0, beside=beside)
+
+    blocking = cost(1, False)
     assert blocking > 40 * 2 * 0.1 * 0.9
-    delayed = step_seconds(even(4, 2), 40, 0.1) - step_seconds(even(4, 2), 40, 0.0)
-    assert 0 < delayed < blocking
+    assert 0 < cost(2, True) < blocking < cost(2, False)

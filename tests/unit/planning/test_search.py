@@ -13,7 +13,7 @@ from tests.unit.planning.stages import planned, pretrain_stage
 
 def test_the_best_are_those_of_trying_everything():
     stage = pretrain_stage(["search=true", "gpus=16", "model=minitron_4b", "train.global_batch_size=64"])
-    found = search(stage, 64, None, 16, 5, tensor_overlap=False)
+    found = search(stage, 64, None, 16, 5)
     everything = []
     for candidate in _layouts(stage, 16):
         if not problems(candidate):
@@ -26,7 +26,7 @@ def test_the_best_are_those_of_trying_everything():
 
 def test_ranked_layouts_fit_and_use_all_gpus():
     stage = planned(["search=true", "gpus=1536"]).stage
-    found = search(stage, 768, None, 1536, 5, tensor_overlap=False)
+    found = search(stage, 768, None, 1536, 5)
     seconds = [best.time.total for best in found.best]
     assert seconds == sorted(seconds) and len(seconds) == 5
     assert all(best.memory.fits and best.job.world_size == 1536 for best in found.best)
@@ -35,7 +35,7 @@ def test_ranked_layouts_fit_and_use_all_gpus():
 
 def test_too_few_gpus_hold_nothing():
     stage = planned(["search=true", "gpus=16"]).stage
-    assert search(stage, 768, None, 16, 5, tensor_overlap=False).best == []
+    assert search(stage, 768, None, 16, 5).best == []
 
 
 def test_weak_scaling_keeps_the_micro_batches_and_strong_divides_them():
