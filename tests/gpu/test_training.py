@@ -53,6 +53,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(precision: str, inputs: GpuInp
         *inputs.overrides("sft"),
         f"precision={precision}",
         "runtime.deterministic=true",
+        # Transformer Engine leaves cuDNN's kernel out where it has to be deterministic and rows are packed.
+        "precision.attention=unfused",
         "train.epochs=2",
         "train.max_steps=6",
     ]
