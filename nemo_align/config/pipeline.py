@@ -20,6 +20,7 @@ class ClusterConfig:
     qos: str | None = None  # sbatch --qos
     time_limit: str | None = None  # HH:MM:SS
     signal_lead_seconds: int | None = None  # from SIGTERM to the time limit, to save in; null: the plan's, 600 or more
+    sbatch_options: list[str] = field(default_factory=list)  # further ones, as --exclude=dgx07 or --reservation=big
     python: str | None = None  # of the environment on the nodes; null: this one, in a container its own `python`
     container_image: str | None = None  # srun --container-image (pyxis): name or .sqsh file; null: no container
     container_mounts: list[str] = field(default_factory=list)  # source:target, besides the folder of the submission

@@ -13,6 +13,19 @@ STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _LONGEST_LEAD_SECONDS, _SIGNAL_EARLY_SECONDS = 65535, 60  # of sbatch --signal
 _TIME_LIMIT = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+_SBATCH_OPTION = re.compile(r"--[a-z][a-z-]*(=\S+)?")
+# Options of sbatch that the submission sets itself, and what to do instead.
+_OWN_OPTIONS = {
+    **{f"--{name}": f"cluster.{name} says it: use that" for name in ("partition", "account", "qos", "nodes")},
+    "--time": "cluster.time_limit says it: use that",
+    "--signal": "cluster.signal_lead_seconds says it: use that",
+    "--gpus-per-node": "cluster.gpus_per_node says it: use that",
+    "--ntasks-per-node": "cluster.tasks_per_node says it: use that",
+    **{
+        f"--{name}": "the pipeline sets it for each stage: leave it out"
+        for name in ("dependency", "kill-on-invalid-dep", "job-name", "output", "open-mode", "export", "parsable")
+    },
+}
 
 
 def check_pipeline(config: PipelineConfig) -> Iterator[str]:
@@ -48,6 +61,7 @@ def check_pipeline(config: PipelineConfig) -> Iterator[str]:
     if cluster.kind == "slurm" and cluster.gpus_per_node is None and cluster.tasks_per_node is None:
         yield "cluster.gpus_per_node=null needs cluster.tasks_per_node, the workers on each node"
     yield from _check_container(cluster)
+    yield from _check_options(cluster)
     if cluster.time_limit is not None and not _TIME_LIMIT.fullmatch(cluster.time_limit):
         yield (
             f"cluster.time_limit is '{cluster.time_limit}', but must be HH:MM:SS or D-HH:MM:SS; "
@@ -81,6 +95,18 @@ def seconds_of(time_limit: str) -> int:
     days, _, clock = time_limit.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _check_options(cluster: ClusterConfig) -> Iterator[str]:
+    for index, option in enumerate(cluster.sbatch_options):
+        name = option.partition("=")[0]
+        if not _SBATCH_OPTION.fullmatch(option):
+            yield (
+                f"cluster.sbatch_options[{index}] is '{option}', but must be a long option with its value and without "
+                "spaces. Example: cluster.sbatch_options=[--exclude=dgx07]"
+            )
+        elif name in _OWN_OPTIONS:
+            yield f"cluster.sbatch_options[{index}] is '{option}', but {_OWN_OPTIONS[name]}"
 
 
 def _check_container(cluster: ClusterConfig) -> Iterator[str]:

@@ -85,7 +85,7 @@ def variables(cluster: ClusterConfig) -> dict[str, str]:
 
 def _site_options(cluster: ClusterConfig) -> list[str]:
     values = (("partition", cluster.partition), ("account", cluster.account), ("qos", cluster.qos))
-    return [f"--{name}={value}" for name, value in values if value is not None]
+    return [*(f"--{name}={value}" for name, value in values if value is not None), *cluster.sbatch_options]
 
 
 def submit(argv: list[str], cluster: ClusterConfig | None = None) -> str:

@@ -23,12 +23,7 @@ def gather_seconds(num_bytes: float, size: int, stride: int = 1) -> float:
 
 
 def all_reduce_seconds(num_bytes: float, size: int, stride: int = 1) -> float:
-    """All-reduce; inside a node NVLink SHARP sums in the switch."""
-    if size == 1:
-        return 0.0
-    if ranks_per_node(size, stride) == size:
-        moved = 2 * num_bytes * (size - 1) / size
-        return moved / h100.NVLINK_ALL_REDUCE_BYTES_PER_SECOND + h100.NVLINK_SECONDS
+    """All-reduce: a scatter of sums, then a gather."""
     return 2 * gather_seconds(num_bytes, size, stride)
 
 

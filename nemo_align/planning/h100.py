@@ -46,10 +46,9 @@ FRAGMENTATION = 0.06
 # --- Network ---------------------------------------------------------------------------------------------------------
 
 GPUS_PER_NODE = 8
-# NCCL over NVLink 4: 450 GB/s a direction, of which collectives other than all-reduce reach 370
-# (github.com/NVIDIA/nccl-tests issue 212, by a maintainer); all-reduce by NVLink SHARP counts as 480.
+# NCCL over NVLink 4: 450 GB/s a direction, of which rings reach 370 (github.com/NVIDIA/nccl-tests issue 212, by a
+# maintainer). All-reduce by NVLink SHARP would count as 480; the batch scripts turn it off (NCCL_NVLS_ENABLE).
 NVLINK_BYTES_PER_SECOND = 370e9
-NVLINK_ALL_REDUCE_BYTES_PER_SECOND = 480e9
 # NCCL over one 400 Gb/s adapter, of which a DGX H100 has one per GPU: 46 to 48 GB/s (nccl-tests issue 290).
 NIC_BYTES_PER_SECOND = 47e9
 # Start of a collective inside a node: half of the rate above is reached at about 15 MB, as in nccl-tests' curves. One

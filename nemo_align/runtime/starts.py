@@ -17,6 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 STARTS_FILE = "starts.jsonl"
+# A file that a batch script names, to learn what srun's code does not say: that is the highest of all tasks, most of
+# which were ended because one had. Lines: "step <run_dir> <step resumed from>", "end <code>", the first end first.
+NOTE_VARIABLE = "NEMO_ALIGN_PROGRESS_NOTE"
 _MOST_CHARACTERS = 2000  # of a reason
 
 
@@ -46,8 +49,14 @@ def began(run_dir: str | Path, ranks: int, variables: Mapping[str, str] = os.env
     _append(run_dir, {key: value for key, value in asdict(start).items() if value is not None})
 
 
+def resumed(run_dir: str | Path, step: int) -> None:
+    """Tell the batch script which checkpoint this start goes on from. Rank 0 only."""
+    _note(f"step {run_dir} {step}")
+
+
 def ended(run_dir: str | Path, code: int, reason: str) -> None:
     """Append how the newest start ended. One rank only: the first that knows."""
+    _note(f"end {code}")
     _append(run_dir, {"end_time": _now(), "code": code, "reason": reason[:_MOST_CHARACTERS]})
 
 
@@ -80,6 +89,12 @@ def _append(run_dir: str | Path, values: dict) -> None:
                 if stream.read(1) != b"\n":  # half a line of a process that was killed: it must not take this one along
                     stream.write(b"\n")
             stream.write(json.dumps(values).encode() + b"\n")
+
+
+def _note(line: str) -> None:
+    if path := os.environ.get(NOTE_VARIABLE):
+        with suppress(OSError), open(path, "a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
 
 
 def _now() -> str:

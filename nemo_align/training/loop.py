@@ -15,7 +15,7 @@ from typing import NoReturn
 from nemo_align.checkpoint.megatron import load_training, newest_resumable
 from nemo_align.config.stages import TrainStageConfig
 from nemo_align.data.batch_schedule import BatchSchedule
-from nemo_align.runtime import watchdog
+from nemo_align.runtime import starts, watchdog
 from nemo_align.runtime.agreement import on_main
 from nemo_align.runtime.exit_codes import STOPPED_AFTER_SAVING
 from nemo_align.training.data_identity import changes, describe_data
@@ -233,6 +233,8 @@ class Trainer:
                 f"{self.session.run_dir} started from: name the checkpoint it was, or start in another run_dir"
             )
         logger.info("resumed %s at step %d of %d", newest, self.state.step, self.num_steps)
+        if self.topology.is_main:
+            starts.resumed(self.session.run_dir, self.state.step)
         return True
 
     def _load_initial_optimizer(self) -> None:

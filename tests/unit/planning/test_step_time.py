@@ -107,7 +107,7 @@ def test_collectives_are_bound_by_their_slowest_link():
     # Two ranks on each of four nodes have two adapters.
     assert gather_seconds(1e9, 8, stride=4) == pytest.approx(between / 2, rel=0.03)
     assert gather_seconds(1e9, 1) == all_reduce_seconds(1e9, 1) == 0
-    assert all_reduce_seconds(1e9, 8) < 2 * inside
+    assert all_reduce_seconds(1e9, 8) == 2 * inside
     assert send_seconds(1e8, 8) > send_seconds(1e8, 1)
 
 

@@ -27,6 +27,15 @@ def test_starts_come_in_their_order_and_a_torn_line_costs_only_itself(tmp_path):
     assert first.nodes  # without SLURM: this host
 
 
+def test_a_batch_script_is_told_where_a_start_began_and_how_it_ended(tmp_path, monkeypatch):
+    note = tmp_path / "note"
+    monkeypatch.setenv(starts.NOTE_VARIABLE, str(note))
+    starts.resumed("runs/a", 500)
+    starts.ended(tmp_path, exit_codes.USER_ERROR, "a mistake")
+    starts.ended(tmp_path, exit_codes.FAILURE, "what followed from it")
+    assert note.read_text() == "step runs/a 500\nend 2\nend 1\n"
+
+
 def test_a_disk_that_takes_nothing_changes_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     starts.ended(tmp_path / "file", exit_codes.FAILURE, "the disk is full")
