@@ -153,11 +153,10 @@ def test_a_chain_is_submitted_with_its_dependencies_and_not_twice(tmp_path, monk
         run.main(compose("pipeline", texts), texts)
 
 
-def test_further_options_of_sbatch_are_passed_on():
-    stage = Stage("a", "sft", Path("run/a"), (), None, ())
+def test_further_options_of_sbatch_are_passed_on(tmp_path):
     options = ["--exclude=dgx[07-08]", "--reservation=big"]
     cluster = ClusterConfig(kind="slurm", sbatch_options=options)
-    argv = slurm.submission(stage, ParallelConfig(data=8), cluster, pipeline="p", after=[], lead=600)
+    argv = slurm.submission(stage(tmp_path), ParallelConfig(data=8), cluster, pipeline="p", after=[], lead=600)
     assert [text for text in argv if text in options] == options
     assert argv.index(options[-1]) < argv.index(str(slurm.script("train.sbatch")))
 
