@@ -15,6 +15,8 @@ from nemo_align.planning.job import Job
 from nemo_align.planning.parameters import stage_chunks, stage_parameters, total_parameters
 from nemo_align.planning.result import DAY, HOUR, PlanResult, SearchResult
 from nemo_align.planning.scaling import ScalingRow
+from nemo_align.planning.search import near_sizes
+from nemo_align.planning.variants import differing_keys
 
 _WIDTH = 160  # where the output is no terminal
 _MEMORY_NAMES = {
@@ -89,7 +91,7 @@ def print_search(result: SearchResult) -> None:
         f"{found.tried:,} layouts can run, {found.fitting:,} of them fit {_gigabytes(h100.CARD_BYTES)} GB"
     )
     if not found.best:
-        console.print("None fits: take more GPUs (gpus=), or a smaller train.global_batch_size if none could run.")
+        console.print(_why_none(result))
         return
     table = _table("TP", "PP", "VP", "DP", "micro-batch tokens", "micro-batches", "recompute", "GB", "step s", "tokens/s/GPU", "MFU", "bubble")  # fmt: skip  # noqa: E501
     for estimate in found.best:
@@ -97,22 +99,27 @@ def print_search(result: SearchResult) -> None:
         table.add_row(
             str(parallel.tensor), str(parallel.pipeline), str(parallel.virtual_pipeline), str(estimate.job.data),
             f"{work.tokens:,}", f"{work.micro_batches:,}", parallel.recompute,
-            _gigabytes(estimate.memory.largest.total), f"{estimate.time.total:.3f}",
+            _gigabytes(estimate.memory.largest.total) + (" tight" if estimate.memory.verdict == "tight" else ""),
+            f"{estimate.time.total:.3f}",
             f"{estimate.tokens_per_second_per_gpu:,.1f}", _percent(estimate.mfu),
             _percent(estimate.time.bubble_fraction),
         )  # fmt: skip
     console.print(table)
-    best = found.best[0].job
-    overrides = [
-        f"parallel.tensor={best.parallel.tensor}",
-        f"parallel.pipeline={best.parallel.pipeline}",
-        f"parallel.virtual_pipeline={best.parallel.virtual_pipeline}",
-        f"parallel.sequence={str(best.parallel.sequence).lower()}",
-        "parallel.overlap_grad_reduce=true",
-    ]
-    if best.parallel.recompute != "none":
-        overrides.append(f"parallel.recompute={best.parallel.recompute}")
+    assert found.first is not None
+    overrides = [f"gpus={options.gpus}", *differing_keys(result.planned.stage, found.first)]
     console.print(f"the first as overrides: {' '.join(overrides)}", soft_wrap=True)
+
+
+def _why_none(result: SearchResult) -> str:
+    """What to change where no layout fits, or none can run."""
+    found, gpus = result.found, result.planned.plan.gpus
+    assert gpus is not None
+    if found.least_bytes is None:
+        near = near_sizes(result.planned.stage, gpus)
+        sizes = f" {' and '.join(f'gpus={size}' for size in near)} can;" if near else ""
+        return f"No layout of {gpus:,} GPUs can share this model and batch:{sizes} or change train.global_batch_size."
+    least = _gigabytes(found.least_bytes)
+    return f"None fits: the smallest needs {least} GB on its largest rank. Take more GPUs (gpus=)."
 
 
 def _console() -> Console:

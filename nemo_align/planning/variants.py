@@ -20,6 +20,20 @@ def variant(stage: TrainStageConfig, **changes: Any) -> TrainStageConfig:
     return dataclasses.replace(stage, **replaced)
 
 
+def differing_keys(before: TrainStageConfig, after: TrainStageConfig) -> list[str]:
+    """Overrides that make `after` of `before`: keys of parallel, precision and train."""
+    return [
+        f"{section}.{field.name}={_as_override(value)}"
+        for section in ("parallel", "precision", "train")
+        for field in dataclasses.fields(getattr(after, section))
+        if (value := getattr(getattr(after, section), field.name)) != getattr(getattr(before, section), field.name)
+    ]
+
+
+def _as_override(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def problems(stage: TrainStageConfig) -> list[str]:
     """What config/validation would say of the layout and its batches; nothing if it can run."""
     parallel = stage.parallel

@@ -78,6 +78,28 @@ def test_over_a_time_limit_a_run_ends_as_if_there_were_none(cluster, train, stag
     assert_same(job.outcome(), outcome(tmp_path / "local"))
 
 
+def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(cluster, train, stage_inputs, tmp_path):
+    arguments = sft(stage_inputs, "train.max_steps=60", "checkpoint.save_every=10")
+    job = train(*arguments, tasks=1, nodes=2)
+    job.wait_for_step(15)
+    os.kill(job.tasks()[-1], signal.SIGKILL)
+
+    def queued_again() -> bool:
+        now = cluster.job(job.id)
+        return now["Restarts"] == "1" and now["JobState"] == "PENDING"
+
+    cluster.wait(queued_again, "the job to be queued again", seconds=120)
+    cluster.start_soon(job.id)
+    assert job.wait() == "COMPLETED", job.text()
+    said = job.text()
+    assert re.search(r"failed with exit code \d+, time 1 from this checkpoint \(none yet\), ", said), said
+    assert re.search(r"resumed run/checkpoints/step_0+[1-9]0 at step", said), said
+    local = commands.run(*arguments, "parallel.data=2", "run_dir=local", cwd=tmp_path)
+    assert local.returncode == 0, local.stderr
+    assert_same(job.outcome(), outcome(tmp_path / "local"))
+    assert not list(tmp_path.glob(".nemo_align*"))
+
+
 def has_sigterm(pid: int) -> bool:
     """Whether SIGTERM waits for a process that is stopped."""
     try:

@@ -134,7 +134,7 @@ def test_a_recipe_says_how_large_its_job_is_and_a_cluster_or_the_command_says_ot
 def test_search_and_scaling_are_printed(capsys):
     arguments = ["model=nemotron4_15b", "gpus=64", "train.global_batch_size=256"]
     assert main(["plan", *arguments, "search=true", "top=3"]) == 0
-    assert "the first as overrides: parallel.tensor=" in capsys.readouterr().out
+    assert "the first as overrides: gpus=64 " in capsys.readouterr().out
     assert main(["plan", *arguments, "parallel=tp8", "scaling=true"]) == 0
     printed = capsys.readouterr().out
     assert "weak scaling" in printed and "strong scaling" in printed
