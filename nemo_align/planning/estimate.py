@@ -122,9 +122,10 @@ def checkpoint_cost(job: Job, bytes_per_second: float | None = None) -> Checkpoi
 
 def forward_seconds(of: Estimate, examples: int) -> float:
     """A forward-only pass over `examples`, by the share of a step's passes that forward takes (no bubble of backward
-    passes, no gradients): the reference pass of a preference stage."""
+    passes, no gradients): the reference pass of a preference stage. FP8's delayed recipe rests in it."""
     job = of.job
     all_recomputed = job.recomputed_layers == job.layers_per_chunk
     passes = layer(job, fp8=job.precision.fp8 != "none", recomputed=all_recomputed)
-    share = passes.forward.total / (passes.forward.total + passes.backward.total)
+    forward = layer(job, fp8=False, recomputed=False).forward if job.precision.fp8 == "delayed" else passes.forward
+    share = forward.total / (passes.forward.total + passes.backward.total)
     return share * of.time.pipeline * examples / of.job.work.examples

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import get_model_config
 
 from nemo_align.data.source import Step, StepSource
 from nemo_align.runtime import watchdog
@@ -27,7 +28,10 @@ class Stops(Protocol):
 
 @contextmanager
 def forward_mode(model_chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """Evaluation mode without gradients; parameters gathered lazily by the optimizer are gathered first."""
+    """Evaluation mode without gradients, which leaves no trace in training.
+
+    Parameters gathered lazily by the optimizer are gathered first; FP8's delayed recipe rests.
+    """
     overlapped = [
         chunk
         for chunk in model_chunks
@@ -39,13 +43,32 @@ def forward_mode(model_chunks: list[torch.nn.Module]) -> Iterator[None]:
     for chunk in model_chunks:
         chunk.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_delayed_fp8(model_chunks):
             yield
     finally:
         for chunk, mode in zip(model_chunks, modes, strict=True):
             chunk.train(mode)
         for chunk in overlapped:
             chunk.enable_forward_pre_hook()
+
+
+@contextmanager
+def _without_delayed_fp8(model_chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Compute in bf16 what FP8's delayed recipe would scale.
+
+    Its scales move in passes with gradients alone. A reference pass before training would be scaled by 1, and the
+    largest values of any pass without gradients would go into the scales of the training step after it.
+    """
+    configs = [get_model_config(chunk) for chunk in model_chunks]
+    formats = [config.fp8 for config in configs]
+    for config in configs:
+        if config.fp8 and config.fp8_recipe == "delayed":
+            config.fp8 = None
+    try:
+        yield
+    finally:
+        for config, number_format in zip(configs, formats, strict=True):
+            config.fp8 = number_format
 
 
 def forward_steps(

@@ -33,8 +33,8 @@ def start(config: WorkerConfig) -> None:
     tokens = rows * padded(micro_batch_capacity(config), parallel, precision)
     mode = base.UserBufferQuantizationMode
     modes = [mode.NONE] if precision.fp8 == "none" else [mode.FP8]
-    if precision.fp8 != "none" and sum(bf16_layers(precision)):
-        modes.append(mode.NONE)
+    if precision.fp8 == "delayed" or (precision.fp8 != "none" and sum(bf16_layers(precision))):
+        modes.append(mode.NONE)  # the delayed recipe rests in passes without gradients
     base.initialize_ub(
         shape=[tokens, config.model.hidden_size],
         tp_size=parallel.tensor,

@@ -26,7 +26,7 @@ def test_losses_and_gradient_norms_are_those_of_a_cpu(case: str, inputs: GpuInpu
         assert gpu["grad_norm"] == pytest.approx(cpu["grad_norm"], rel=NORM)
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "sft"])
+@pytest.mark.parametrize("verb", ["pretrain", "sft", "preference"])
 def test_fp8_follows_bf16(verb: str, inputs: GpuInputs, tmp_path: Path) -> None:
     overrides = [*inputs.overrides(verb), "data.sequence_length=128"]
     plain = command(verb, tmp_path / "bf16", overrides)

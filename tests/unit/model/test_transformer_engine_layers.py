@@ -160,7 +160,7 @@ def stage(kind: type, recipe: str = "none", **train: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("recipe", "tokens", "modes"),
-    [("none", 10_000, ["NONE"]), ("delayed", 10_112, ["FP8"]), ("tensorwise", 10_112, ["FP8", "NONE"])],
+    [("none", 10_000, ["NONE"]), ("delayed", 10_112, ["FP8", "NONE"]), ("tensorwise", 10_112, ["FP8", "NONE"])],
 )
 def test_userbuffers_are_made_for_what_travels(recipe: str, tokens: int, modes: list[str]) -> None:
     found = ask_here(f"userbuffers({recipe!r})")
