@@ -14,24 +14,6 @@ from nemo_align.config.validation_pipeline import STAGE_VERBS
 from nemo_align.pipeline.chain import build_chain, compose_chain
 from tests.unit.dry_run.child import Answer, Child
 
-# One of each kind; the others are in `make test-full`.
-SAMPLED = (
-    "nemotron4_340b/pretrain",
-    "nemotron4_340b/continued_pretrain",
-    "nemotron4_340b/code_sft",
-    "nemotron4_340b/general_sft",
-    "nemotron4_340b/reward",
-    "nemotron4_340b/score_pairs",
-    "nemotron4_340b/dpo",
-    "nemotron4_340b/rpo_3",
-    "nemotron4_15b/pretrain",
-    "nemotron4_15b/code_sft",
-    "minitron_4b/pretrain",
-    "minitron_4b/rpo_1",
-    "quickstart/rpo_3",
-)
-
-
 CHAIN = ["pretrain", "continued_pretrain", "code_sft", "general_sft", "reward", "score"]
 CHAIN += ["dpo", "rpo_1", "rpo_2", "rpo_3"]
 
@@ -61,15 +43,12 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(child: Child, empty: Path) -> dict[str, Answer]:
-    return dict(zip(SAMPLED, child.run([command(name) for name in SAMPLED], empty), strict=True))
-
-
-@pytest.fixture(scope="module")
-def all_answers(child: Child, empty: Path) -> dict[str, Answer]:
     return dict(zip(STAGES, child.run([command(name) for name in STAGES], empty), strict=True))
 
 
-def check(name: str, answer: Answer) -> None:
+@pytest.mark.parametrize("name", STAGES)
+def test_a_recipe_would_run(name: str, answers: dict[str, Answer], empty: Path) -> None:
+    answer = answers[name]
     assert answer.code == 0, answer.err
     assert answer.err == ""
     size = int(re.search(r"^  (\d+) processes", answer.out, re.MULTILINE)[1])
@@ -79,27 +58,10 @@ def check(name: str, answer: Answer) -> None:
     assert ranks == sorted({0, stage * (pipeline // 2), size - stage})
     assert "not on this machine (dry_run_strict=true refuses this)" in answer.out
     assert "warnings" not in answer.out, answer.out
-
-
-@pytest.mark.parametrize("name", SAMPLED)
-def test_a_recipe_would_run(name: str, answers: dict[str, Answer], empty: Path) -> None:
-    check(name, answers[name])
     assert list(empty.iterdir()) == []
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", STAGES)
-def test_every_recipe_would_run(name: str, all_answers: dict[str, Answer]) -> None:
-    check(name, all_answers[name])
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("nemotron4_340b/recipe", "minitron_4b/recipe") else pytest.mark.full)
-        for name in PIPELINES
-    ],
-)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_every_chain_hands_on_its_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = compose("pipeline", [f"+experiment={name}"])
