@@ -69,7 +69,7 @@ def _compose_recipe(plan: PlanConfig, arguments: Sequence[str]) -> PlannedRecipe
         if getattr(plan, name) != getattr(PlanConfig, name):
             raise ConfigError(f"{name}= is for one stage: choose it, as in +experiment=quickstart/pretrain")
     config = compose("pipeline", arguments, check_files=False)
-    stages, left_out, problems = {}, [], []
+    stages, left_out, problems = {}, [], {}
     for name, stage in config.stages.items():
         if stage.verb not in TRAINING_VERBS:
             left_out.append(name)
@@ -85,9 +85,9 @@ def _compose_recipe(plan: PlanConfig, arguments: Sequence[str]) -> PlannedRecipe
         try:
             stages[name] = _compose_stage(dataclasses.replace(plan), stage.verb, texts, config.cluster)
         except ConfigError as error:
-            problems += [f"{name}: {line}" for line in str(error).splitlines()]
+            problems[name] = str(error).splitlines()
     if problems:
-        raise ConfigError.of(problems)
+        raise ConfigError.of_stages(problems, len(stages) + len(problems))
     return PlannedRecipe(plan=plan, experiment=config.experiment, stages=stages, left_out=left_out)
 
 

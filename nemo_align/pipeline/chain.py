@@ -109,10 +109,10 @@ def compose_chain(stages: list[Stage], finished: set[str], *, check_files: bool 
     `check_files=False` takes all files as given: a dry run names those that are not there.
 
     Raises:
-        ConfigError: what is wrong with all stages, each line with the stage's name.
+        ConfigError: what is wrong with all stages, each line with the stages that it is wrong with.
     """
     configs: dict[str, Any] = {}
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for stage in stages:
         ready = all(name in finished for name in stage.depends_on)
         try:
@@ -122,14 +122,15 @@ def compose_chain(stages: list[Stage], finished: set[str], *, check_files: bool 
                 config = _compose_early(stage, finished)
                 _complete_from_earlier(config, stage, configs)
                 if check_files:
-                    problems += [f"stage {stage.name}: {problem}" for problem in _missing_files(config, stage, stages)]
+                    problems[stage.name] = list(_missing_files(config, stage, stages))
         except ConfigError as error:
-            problems += [f"stage {stage.name}: {line}" for line in str(error).splitlines()]
+            problems[stage.name] = str(error).splitlines()
             continue
         configs[stage.name] = config
-    problems += [problem for stage in stages for problem in _unwritten_rows(stage, stages, configs)]
-    if problems:
-        raise ConfigError.of(problems, most=20)
+    for stage in stages:
+        problems.setdefault(stage.name, []).extend(_unwritten_rows(stage, stages, configs))
+    if any(problems.values()):
+        raise ConfigError.of_stages(problems, len(stages), most=20)
     return configs
 
 
@@ -188,7 +189,7 @@ def _unwritten_rows(stage: Stage, stages: list[Stage], configs: Mapping[str, Any
             if other.verb == "score" and other.name in configs and path.parent == other.run_dir:
                 written = [f"{name}.jsonl" for name in configs[other.name].inputs]
                 if path.name not in written:
-                    yield f"stage {stage.name}: {key}={path}, but stage {other.name} writes {', '.join(written)}"
+                    yield f"{key}={path}, but stage {other.name} writes {', '.join(written)}"
 
 
 def _paths(config: Any) -> Iterator[tuple[str, Path]]:

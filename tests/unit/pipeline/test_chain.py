@@ -100,6 +100,17 @@ def test_all_stages_problems_are_shown_together(recipe):
         check(recipe)
 
 
+def test_a_problem_of_all_stages_is_said_once_without_their_names(recipe):
+    recipe.overrides.append("runtime.seed=-1")
+    with pytest.raises(ConfigError, match=r"^runtime.seed is -1, but must lie in 0 .. 2\^31 - 1$"):
+        check(recipe)
+    recipe.overrides.pop()
+    for name in ("reward", "dpo"):
+        recipe.stages[name].overrides.append("train.global_batch_size=0")
+    with pytest.raises(ConfigError, match=r"^stages reward, dpo: train.global_batch_size is 0"):
+        check(recipe)
+
+
 @pytest.mark.parametrize(("stage", "source"), [("dpo", "reward"), ("score", "sft"), ("dpo", "score")])
 def test_a_stage_starts_only_from_weights_of_its_kind(recipe, stage, source):
     recipe.stages[stage].init_from = source
