@@ -17,7 +17,7 @@ from nemo_align.config.choices import CHOICES
 from nemo_align.config.errors import ConfigError
 from nemo_align.config.experiment_verb import verb_of_experiment
 from nemo_align.config.job_size import job_layout, num_nodes
-from nemo_align.config.pipeline import ClusterConfig
+from nemo_align.config.pipeline import ClusterConfig, overrides_of
 from nemo_align.config.plan import PlanConfig, PlannedRecipe, PlannedStage
 
 TRAINING_VERBS = CHOICES["verb"]
@@ -76,7 +76,7 @@ def _compose_recipe(plan: PlanConfig, arguments: Sequence[str]) -> PlannedRecipe
             continue
         folders = {f"{{{earlier}}}": f"{config.run_dir}/{earlier}" for earlier in config.stages}
         texts = [f"+experiment={stage.experiment}"] if stage.experiment is not None else []
-        for text in (*config.overrides, *stage.overrides):
+        for text in overrides_of(config, stage):
             for reference, folder in folders.items():
                 text = text.replace(reference, folder)
             texts.append(text)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_align.config import sources, validation
+from nemo_align.config.assignment import assignment
 from nemo_align.config.build import missing_keys
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.config.initial_model import InitialCheckpoint
-from nemo_align.config.pipeline import PipelineConfig, PipelineStageConfig
+from nemo_align.config.pipeline import PipelineConfig, PipelineStageConfig, overrides_of
 from nemo_align.config.validation_data import check_data
 
 _REFERENCE = re.compile(r"\{([A-Za-z0-9][\w.-]*)\}")
-_PLAIN_VALUE = re.compile(r"[\w./:@%+-]+")  # needs no quotes in Hydra's grammar
 _SPECIAL = re.compile(r"([\\()\[\]{}:=, \t])")
 
 # What a stage may start from. A reward model has lost the output projection that a policy needs.
@@ -67,7 +67,7 @@ def _stage(name: str, entry: PipelineStageConfig, config: PipelineConfig, earlie
         return _REFERENCE.sub(run_dir_of, text)
 
     arguments = [f"+experiment={entry.experiment}"] if entry.experiment else []
-    arguments += [fill(text) for text in (*config.overrides, *entry.overrides)]
+    arguments += [fill(text) for text in overrides_of(config, entry)]
     if entry.init_from is not None:
         if entry.init_from not in earlier:
             raise ConfigError(f"stages.{name}.init_from is '{entry.init_from}', which is no earlier stage")
@@ -90,15 +90,6 @@ def _stage(name: str, entry: PipelineStageConfig, config: PipelineConfig, earlie
         init_from=entry.init_from,
         depends_on=tuple(stage for stage in earlier if stage in used),
     )
-
-
-def assignment(key: str, value: str) -> str:
-    """`key=value` as Hydra reads it, quoted where its grammar wants that."""
-    if _PLAIN_VALUE.fullmatch(value):
-        return f"{key}={value}"
-    # Inside quotes a backslash is plain, unless it stands before a quote.
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
-    return f"{key}='{escaped}'"
 
 
 def compose_chain(stages: list[Stage], finished: set[str], *, check_files: bool = True) -> dict[str, Any]:

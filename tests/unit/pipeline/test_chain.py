@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_align.config.assignment import assignment
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.config.pipeline import PipelineConfig, PipelineStageConfig
-from nemo_align.pipeline.chain import assignment, build_chain, compose_chain
+from nemo_align.pipeline.chain import build_chain, compose_chain
 
 
 def rows(path: Path) -> Path:
@@ -59,6 +60,27 @@ def test_each_stage_gets_its_command(recipe):
     )
     assert stages["dpo"].depends_on == ("sft", "score")
     assert stages["sft"].depends_on == ()
+
+
+def test_data_root_is_that_of_every_stage_but_for_its_own_overrides(recipe):
+    recipe.overrides.append("data.root=of/all")
+    recipe.stages["reward"].overrides.append("data.root=its/own")
+    assert {name: config.data.root for name, config in check(recipe).items()} == {
+        **dict.fromkeys(recipe.stages, "of/all"),
+        "reward": "its/own",
+    }
+    recipe.data.root = "of the command, line"  # over what the recipe says
+    assert {config.data.root for config in check(recipe).values()} == {"of the command, line", "its/own"}
+
+
+def test_a_published_recipe_finds_its_files_below_data_root():
+    texts = ["+experiment=nemotron4_340b/recipe", "data.root=/x"]
+    configs = compose_chain(build_chain(compose("pipeline", texts)), set(), check_files=False)
+    assert configs["pretrain"].data.tokenizer == "/x/tokenizer.model"
+    assert configs["general_sft"].data.train["code_sft"].path == "/x/code_sft/train.jsonl"
+    assert configs["score_pairs"].inputs["train"] == "/x/preference/train.jsonl"
+    planned = compose("plan", texts).stages
+    assert planned["reward"].stage.data.train["helpsteer2"].path == "/x/helpsteer2/train.jsonl.gz"
 
 
 def test_a_stage_has_the_model_and_tokenizer_of_the_stage_it_starts_from(recipe):
