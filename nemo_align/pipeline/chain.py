@@ -15,7 +15,7 @@ from nemo_align.config.build import missing_keys
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.config.initial_model import InitialCheckpoint
 from nemo_align.config.pipeline import PipelineConfig, PipelineStageConfig, overrides_of
-from nemo_align.config.validation_data import check_data
+from nemo_align.config.validation_data import missing_files, say_all_missing
 
 _REFERENCE = re.compile(r"\{([A-Za-z0-9][\w.-]*)\}")
 _SPECIAL = re.compile(r"([\\()\[\]{}:=, \t])")
@@ -165,10 +165,11 @@ def _complete_from_earlier(config: Any, stage: Stage, configs: Mapping[str, Any]
 
 def _missing_files(config: Any, stage: Stage, stages: list[Stage]) -> Iterator[str]:
     """Files that are not there and that no stage will write."""
-    folders = [str(other.run_dir) for other in stages if other.name != stage.name]
-    for problem in check_data(config, check_files=True):
-        if not any(f"{folder}/" in problem for folder in folders):
-            yield problem
+    folders = [other.run_dir for other in stages if other.name != stage.name]
+    missing = [
+        file for file in missing_files(config) if not any(Path(file.path).is_relative_to(folder) for folder in folders)
+    ]
+    yield from say_all_missing(config, missing)
 
 
 def _unwritten_rows(stage: Stage, stages: list[Stage], configs: Mapping[str, Any]) -> Iterator[str]:

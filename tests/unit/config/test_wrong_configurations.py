@@ -295,7 +295,7 @@ WRONG = [
     (
         "pipeline",
         ["precision.dtype=bf16"],
-        """For every stage: 'overrides=["precision.dtype=..."]', for one: 'stages.<name>.overrides=["precision.dtype=""",
+        """For every stage: 'overrides=["precision.dtype=..."]', for one: 'stages.<name>.overrides=["prec""",
     ),
     (
         "pipeline",
