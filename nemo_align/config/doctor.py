@@ -9,9 +9,9 @@ from typing import Any
 from nemo_align.config import build, planned_model, suggest, validation
 from nemo_align.config.errors import ConfigError
 from nemo_align.config.experiment_verb import verb_of_experiment
+from nemo_align.config.schema import STAGE_VERBS
 from nemo_align.config.stages import WorkerConfig
 
-STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
 _VERBS = (*STAGE_VERBS, "pipeline")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 
@@ -16,6 +16,22 @@ class ConfigError(ValueError):
         assert lines
         more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
         return cls("\n".join(lines[:most] + more))
+
+    @classmethod
+    def of_stages(cls, problems: Mapping[str, Sequence[str]], number: int, most: int = 8) -> ConfigError:
+        """One error of the problems of a recipe's stages: each said once, with the stages that have it; without their
+        names where all `number` of them do."""
+        having: dict[str, list[str]] = {}
+        for stage, texts in problems.items():
+            for text in dict.fromkeys(texts):
+                having.setdefault(text, []).append(stage)
+        return cls.of(
+            (
+                text if 1 < number == len(stages) else f"stage{'s' * (len(stages) > 1)} {', '.join(stages)}: {text}"
+                for text, stages in having.items()
+            ),
+            most,
+        )
 
 
 def raised_by_this_package(error: ValueError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from nemo_align.config.errors import ConfigError
@@ -57,6 +58,24 @@ def num_nodes(cluster: ClusterConfig, parallel: ParallelConfig) -> tuple[int, in
     if world_size % per_node:
         raise ConfigError(
             f"parallel.tensor x pipeline x data = {world_size} workers do not fill nodes of {per_node}: choose "
-            "parallel.data so that they do"
+            "parallel.data so that they do, or correct cluster."
+            f"{'tasks' if cluster.tasks_per_node else 'gpus'}_per_node"
         )
     return world_size // per_node, per_node
+
+
+def nodes_of_stages(cluster: ClusterConfig, layouts: Mapping[str, ParallelConfig]) -> dict[str, tuple[int, int]]:
+    """`num_nodes` of every stage of a recipe.
+
+    Raises:
+        ConfigError: layouts that do not fill whole nodes, each with the stages that have it.
+    """
+    found, problems = {}, {}
+    for name, parallel in layouts.items():
+        try:
+            found[name] = num_nodes(cluster, parallel)
+        except ConfigError as error:
+            problems[name] = [str(error)]
+    if problems:
+        raise ConfigError.of_stages(problems, len(layouts))
+    return found

@@ -111,6 +111,9 @@ def _is_group(verb: str, key: str, prefix: str, value: str | None) -> bool:
 
 def _check_choice(verb: str, override: Override, where: str) -> None:
     known = sources.choices(override.key)
+    if verb == "pipeline" and override.key == "data":  # its section of that name is no group
+        text = override.text.lstrip("+")
+        raise ConfigError(f"{text}: a choice for a stage: 'stages.<name>.overrides=[\"{text}\"]' ({where})")
     for value in _listed(override.value or ""):
         if value in known or (value == "null" and override.key != sources.EXPERIMENT):
             continue

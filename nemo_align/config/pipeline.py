@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from nemo_align.config.assignment import assignment
+
 
 @dataclass(kw_only=True)
 class ClusterConfig:
@@ -37,13 +39,27 @@ class PipelineStageConfig:
 
 
 @dataclass(kw_only=True)
+class RecipeDataConfig:
+    """What the data of all stages has in common."""
+
+    root: str | None = None  # data.root of every stage whose own overrides name none; null: as the experiments say
+
+
+@dataclass(kw_only=True)
 class PipelineConfig:
     """The chain. Each stage runs in processes of its own, in <run_dir>/<stage name>."""
 
     experiment: str = "pipeline"  # names the run; +experiment= sets it
     run_dir: str = "runs/${experiment}"  # manifest, report and a folder per stage
     stages: dict[str, PipelineStageConfig] = field(default_factory=dict)  # in order
+    data: RecipeDataConfig = field(default_factory=RecipeDataConfig)
     overrides: list[str] = field(default_factory=list)  # for every stage, before its own
     dry_run: bool = False  # dry-run all stages and print their commands, start nothing
     dry_run_strict: bool = False  # refuse also what is only not on this machine: data, tokenizer, checkpoint
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def overrides_of(config: PipelineConfig, stage: PipelineStageConfig) -> list[str]:
+    """The overrides of a stage, in order: of every stage, data.root, its own."""
+    root = [] if config.data.root is None else [assignment("data.root", config.data.root)]
+    return [*config.overrides, *root, *stage.overrides]

@@ -17,7 +17,7 @@ from nemo_align.config.choices import CHOICES
 from nemo_align.config.errors import ConfigError
 from nemo_align.config.experiment_verb import verb_of_experiment
 from nemo_align.config.job_size import job_layout, num_nodes
-from nemo_align.config.pipeline import ClusterConfig
+from nemo_align.config.pipeline import ClusterConfig, overrides_of
 from nemo_align.config.plan import PlanConfig, PlannedRecipe, PlannedStage
 
 TRAINING_VERBS = CHOICES["verb"]
@@ -69,14 +69,14 @@ def _compose_recipe(plan: PlanConfig, arguments: Sequence[str]) -> PlannedRecipe
         if getattr(plan, name) != getattr(PlanConfig, name):
             raise ConfigError(f"{name}= is for one stage: choose it, as in +experiment=quickstart/pretrain")
     config = compose("pipeline", arguments, check_files=False)
-    stages, left_out, problems = {}, [], []
+    stages, left_out, problems = {}, [], {}
     for name, stage in config.stages.items():
         if stage.verb not in TRAINING_VERBS:
             left_out.append(name)
             continue
         folders = {f"{{{earlier}}}": f"{config.run_dir}/{earlier}" for earlier in config.stages}
         texts = [f"+experiment={stage.experiment}"] if stage.experiment is not None else []
-        for text in (*config.overrides, *stage.overrides):
+        for text in overrides_of(config, stage):
             for reference, folder in folders.items():
                 text = text.replace(reference, folder)
             texts.append(text)
@@ -85,9 +85,9 @@ def _compose_recipe(plan: PlanConfig, arguments: Sequence[str]) -> PlannedRecipe
         try:
             stages[name] = _compose_stage(dataclasses.replace(plan), stage.verb, texts, config.cluster)
         except ConfigError as error:
-            problems += [f"{name}: {line}" for line in str(error).splitlines()]
+            problems[name] = str(error).splitlines()
     if problems:
-        raise ConfigError.of(problems)
+        raise ConfigError.of_stages(problems, len(stages) + len(problems))
     return PlannedRecipe(plan=plan, experiment=config.experiment, stages=stages, left_out=left_out)
 
 

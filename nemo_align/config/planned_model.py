@@ -36,6 +36,16 @@ def sizes_of(init_from: str) -> ModelConfig | None:
     return None
 
 
+def stage_that_writes(path: str) -> tuple[str, str] | None:
+    """(recipe, stage) whose folder by default, `runs/<recipe>/<stage>`, is `path` or holds it; None without one."""
+    parts = Path(path).parts
+    for depth in range(3, len(parts) + 1):
+        recipe, name = "/".join(parts[1 : depth - 1]), parts[depth - 1]
+        if parts[0] == "runs" and _stage(recipe, name) is not None:
+            return recipe, name
+    return None
+
+
 def _experiment(name: Any) -> dict[str, Any] | None:
     import yaml
 

@@ -13,9 +13,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nemo_align.config.errors import ConfigError
 
@@ -55,39 +55,71 @@ Difference = tuple[str, Any, Any]  # key, saved value, new value
 
 
 @contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make the folder and those above it; if the block raises, take away again what was made and is still empty."""
+    absolute = folder.absolute()
+    absent = [path for path in (absolute, *absolute.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in absent:
+            try:
+                path.rmdir()
+            except OSError:  # something is in it, or somebody else took it away
+                break
+        raise
+
+
+@contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the run directory: two commands in one would write the same checkpoints and records.
 
     The kernel lets go of the lock when the process ends, however it ends. On a file system without locks (some mounts
-    of Lustre) there is a note in place of the protection.
+    of Lustre) there is a note in place of the protection. A command that is refused leaves neither the folder nor the
+    lock's file behind, where they were not there before.
 
     Raises:
         ConfigError: another command holds it, or it cannot be written.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  # closed below
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {error}") from None
-    with lock:
+    path = run_dir / LOCK_FILE
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "a process"
-            raise ConfigError(
-                f"run_dir={run_dir} is in use: another command ({holder}) runs in it. Wait for it, stop it, or choose "
-                "another run_dir"
-            ) from None
-        except OSError as error:
-            print(f"note: run_dir={run_dir} cannot be locked ({error}): start one command at a time", file=sys.stderr)
-        try:
+            stack.enter_context(made(run_dir))
+            is_new = not path.exists()
+            lock = stack.enter_context(_locked(path, run_dir))
+            if is_new:
+                stack.push(lambda refusal, *_: path.unlink(missing_ok=True) if refusal else None)  # while we hold it
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
         except OSError as error:
             raise ConfigError(f"run_dir={run_dir} cannot be written: {error}") from None
         yield
+
+
+def _locked(path: Path, run_dir: Path) -> TextIO:
+    """The lock's file, open and locked; closing it lets go."""
+    while True:
+        lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # closed by the caller
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "a process"
+            lock.close()
+            raise ConfigError(
+                f"run_dir={run_dir} is in use: another command ({holder}) runs in it. Wait for it, stop it, or choose "
+                "another run_dir"
+            ) from None
+        except OSError as error:
+            print(f"note: run_dir={run_dir} cannot be locked ({error}): start one command at a time", file=sys.stderr)
+            return lock
+        # A command that was refused takes its file away: a lock on that one would keep nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
 
 
 def may_change(verb: str, config: Any) -> list[str]:

@@ -42,6 +42,7 @@ VERBS: dict[str, type] = {
     "merge": MergeConfig,
     "inspect": InspectConfig,
 }
+STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")  # of the stages of a recipe
 FREE_NAME = "<name>"  # stands for the user's name in a table
 MISSING = "???"  # omegaconf's mark, as the dataclasses use it
 

@@ -87,7 +87,7 @@ def unknown_key_message(unknown: str, verb: str) -> str:
     message = f"unknown key '{unknown}'"
     owners = [other for other, root in schema.VERBS.items() if other != verb and schema.find(root, unknown)]
     if owners:
-        return f"{message} for {verb}: it belongs to {', '.join(owners)}"
+        return f"{message} for {verb}: it belongs to {', '.join(owners)}{_in_a_recipe(unknown, verb, owners)}"
     if elsewhere := _key_of_another_verb(unknown, verb):
         return f"{message} for {verb}; {elsewhere}"
     if found := nearest_key(unknown, schema.VERBS[verb]):
@@ -98,6 +98,15 @@ def unknown_key_message(unknown: str, verb: str) -> str:
     node = schema.find(root, section) if section else schema.Node("section", root)
     names = ", ".join(schema.fields(node.type)) if node.kind == "section" else f"one {node}"
     return f"{message}; {f'{section!r}' if section else verb} has {names}"
+
+
+def _in_a_recipe(key: str, verb: str, owners: Iterable[str]) -> str:
+    """How a recipe sets a key of its stages' verbs."""
+    if verb != "pipeline" or not set(owners) & set(schema.STAGE_VERBS):
+        return ""
+    if set(owners) >= set(schema.STAGE_VERBS):
+        return f". For every stage: 'overrides=[\"{key}=...\"]', for one: 'stages.<name>.overrides=[\"{key}=...\"]'"
+    return f". For a stage: 'stages.<name>.overrides=[\"{key}=...\"]'"
 
 
 def _key_of_another_verb(unknown: str, verb: str) -> str | None:

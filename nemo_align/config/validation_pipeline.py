@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nemo_align.config import overrides, schema, sources, suggest
+from nemo_align.config import overrides, sources, suggest
 from nemo_align.config.errors import ConfigError
 from nemo_align.config.pipeline import ClusterConfig, PipelineConfig
+from nemo_align.config.schema import STAGE_VERBS
 
-STAGE_VERBS = ("pretrain", "sft", "reward", "preference", "score")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _LONGEST_LEAD_SECONDS, _SIGNAL_EARLY_SECONDS = 65535, 60  # of sbatch --signal
 _TIME_LIMIT = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
@@ -134,6 +134,3 @@ def _check_overrides(key: str, verb: str, texts: list[str], earlier: list[str]) 
         overrides.parse(verb, texts, where="written")
     except ConfigError as error:
         yield from (f"{key}: {line}" for line in str(error).splitlines())
-
-
-assert set(STAGE_VERBS) <= set(schema.VERBS)

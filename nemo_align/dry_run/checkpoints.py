@@ -19,6 +19,20 @@ def bytes_of_checkpoint(config: TrainStageConfig, reward: RewardConfig | None) -
     return checkpoint_bytes(config.model, config.parallel, config.precision, reward_head=head)
 
 
+def periodic_saves(config: TrainStageConfig, steps: int | None) -> int:
+    """Saves before the final one; where nobody said how many steps there are, as many as stay."""
+    every = config.checkpoint.save_every
+    if every is None:
+        return 0
+    return (steps - 1) // every if steps else config.checkpoint.keep_last
+
+
+def most_kept(config: TrainStageConfig, steps: int | None) -> int:
+    """Checkpoints that a run leaves behind. It never has more: each is written before the oldest is deleted, the final
+    one beside those that stay."""
+    return 1 + min(config.checkpoint.keep_last, periodic_saves(config, steps))
+
+
 def section(
     config: TrainStageConfig,
     num_nodes: int,
@@ -31,7 +45,6 @@ def section(
     written to be whole when the job, told to stop `lead` seconds before, comes to its time limit."""
     checkpoint, size = config.checkpoint, bytes_of_checkpoint(config, reward)
     lines = [f"{number_of_bytes(size)} each, with optimizer state, in {config.run_dir}/checkpoints"]
-    periodic = 0
     if checkpoint.save_every is None:
         lines.append("at the end and on a stop signal only (checkpoint.save_every=null)")
         if num_nodes > 1:
@@ -41,8 +54,7 @@ def section(
             )
     else:
         every = checkpoint.save_every
-        periodic = (steps - 1) // every if steps else checkpoint.keep_last
-        count = f"{periodic} of them, " if steps else ""
+        count = f"{periodic_saves(config, steps)} of them, " if steps else ""
         how = "beside the training steps, from a copy in host memory" if checkpoint.asynchronous else "training waits"
         lines.append(
             f"every {every:,} steps: {count}the newest {checkpoint.keep_last} stay (load under this layout, any "
@@ -50,9 +62,7 @@ def section(
         )
     last = "after the last step" if steps is None else f"after step {steps:,}"
     lines.append(f"{last}: the final one stays, and loads under any layout")
-    # One is written before the oldest is deleted.
-    most = size * (1 + min(checkpoint.keep_last + 1, periodic))
-    lines.append(f"disk at most {number_of_bytes(most)}{_free(Path(config.run_dir))}")
+    lines.append(f"disk at most {number_of_bytes(size * most_kept(config, steps))}{_free(Path(config.run_dir))}")
     lines.append(_lead_line(size, lead, checkpoint.asynchronous))
     if checkpoint.export_hf:
         lines.append(f"at the end also {config.run_dir}/hf for Hugging Face")

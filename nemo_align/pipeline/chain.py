@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_align.config import sources, validation
+from nemo_align.config.assignment import assignment
 from nemo_align.config.build import missing_keys
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.config.initial_model import InitialCheckpoint
-from nemo_align.config.pipeline import PipelineConfig, PipelineStageConfig
-from nemo_align.config.validation_data import check_data
+from nemo_align.config.pipeline import PipelineConfig, PipelineStageConfig, overrides_of
+from nemo_align.config.validation_data import missing_files, say_all_missing
 
 _REFERENCE = re.compile(r"\{([A-Za-z0-9][\w.-]*)\}")
-_PLAIN_VALUE = re.compile(r"[\w./:@%+-]+")  # needs no quotes in Hydra's grammar
 _SPECIAL = re.compile(r"([\\()\[\]{}:=, \t])")
 
 # What a stage may start from. A reward model has lost the output projection that a policy needs.
@@ -67,7 +67,7 @@ def _stage(name: str, entry: PipelineStageConfig, config: PipelineConfig, earlie
         return _REFERENCE.sub(run_dir_of, text)
 
     arguments = [f"+experiment={entry.experiment}"] if entry.experiment else []
-    arguments += [fill(text) for text in (*config.overrides, *entry.overrides)]
+    arguments += [fill(text) for text in overrides_of(config, entry)]
     if entry.init_from is not None:
         if entry.init_from not in earlier:
             raise ConfigError(f"stages.{name}.init_from is '{entry.init_from}', which is no earlier stage")
@@ -92,15 +92,6 @@ def _stage(name: str, entry: PipelineStageConfig, config: PipelineConfig, earlie
     )
 
 
-def assignment(key: str, value: str) -> str:
-    """`key=value` as Hydra reads it, quoted where its grammar wants that."""
-    if _PLAIN_VALUE.fullmatch(value):
-        return f"{key}={value}"
-    # Inside quotes a backslash is plain, unless it stands before a quote.
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
 def compose_chain(stages: list[Stage], finished: set[str], *, check_files: bool = True) -> dict[str, Any]:
     """The configuration of every stage, so that a mistake in the last is found before the first starts.
 
@@ -109,10 +100,10 @@ def compose_chain(stages: list[Stage], finished: set[str], *, check_files: bool 
     `check_files=False` takes all files as given: a dry run names those that are not there.
 
     Raises:
-        ConfigError: what is wrong with all stages, each line with the stage's name.
+        ConfigError: what is wrong with all stages, each line with the stages that it is wrong with.
     """
     configs: dict[str, Any] = {}
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for stage in stages:
         ready = all(name in finished for name in stage.depends_on)
         try:
@@ -122,14 +113,15 @@ def compose_chain(stages: list[Stage], finished: set[str], *, check_files: bool 
                 config = _compose_early(stage, finished)
                 _complete_from_earlier(config, stage, configs)
                 if check_files:
-                    problems += [f"stage {stage.name}: {problem}" for problem in _missing_files(config, stage, stages)]
+                    problems[stage.name] = list(_missing_files(config, stage, stages))
         except ConfigError as error:
-            problems += [f"stage {stage.name}: {line}" for line in str(error).splitlines()]
+            problems[stage.name] = str(error).splitlines()
             continue
         configs[stage.name] = config
-    problems += [problem for stage in stages for problem in _unwritten_rows(stage, stages, configs)]
-    if problems:
-        raise ConfigError.of(problems, most=20)
+    for stage in stages:
+        problems.setdefault(stage.name, []).extend(_unwritten_rows(stage, stages, configs))
+    if any(problems.values()):
+        raise ConfigError.of_stages(problems, len(stages), most=20)
     return configs
 
 
@@ -173,10 +165,11 @@ def _complete_from_earlier(config: Any, stage: Stage, configs: Mapping[str, Any]
 
 def _missing_files(config: Any, stage: Stage, stages: list[Stage]) -> Iterator[str]:
     """Files that are not there and that no stage will write."""
-    folders = [str(other.run_dir) for other in stages if other.name != stage.name]
-    for problem in check_data(config, check_files=True):
-        if not any(f"{folder}/" in problem for folder in folders):
-            yield problem
+    folders = [other.run_dir for other in stages if other.name != stage.name]
+    missing = [
+        file for file in missing_files(config) if not any(Path(file.path).is_relative_to(folder) for folder in folders)
+    ]
+    yield from say_all_missing(config, missing)
 
 
 def _unwritten_rows(stage: Stage, stages: list[Stage], configs: Mapping[str, Any]) -> Iterator[str]:
@@ -188,7 +181,7 @@ def _unwritten_rows(stage: Stage, stages: list[Stage], configs: Mapping[str, Any
             if other.verb == "score" and other.name in configs and path.parent == other.run_dir:
                 written = [f"{name}.jsonl" for name in configs[other.name].inputs]
                 if path.name not in written:
-                    yield f"stage {stage.name}: {key}={path}, but stage {other.name} writes {', '.join(written)}"
+                    yield f"{key}={path}, but stage {other.name} writes {', '.join(written)}"
 
 
 def _paths(config: Any) -> Iterator[tuple[str, Path]]:

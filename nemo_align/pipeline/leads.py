@@ -4,13 +4,14 @@ that the stage needs to save."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_align.config.build import missing_keys
 from nemo_align.config.errors import ConfigError
-from nemo_align.config.job_size import num_nodes
+from nemo_align.config.job_size import nodes_of_stages
 from nemo_align.config.pipeline import ClusterConfig
 from nemo_align.config.plan import PlannedStage
 from nemo_align.config.stages import TrainStageConfig
@@ -40,21 +41,23 @@ def leads(stages: list[Stage], configs: Mapping[str, Any], cluster: ClusterConfi
     Raises:
         ValueError: a layout that does not fill whole nodes; leads that do not fit into cluster.time_limit.
     """
-    found, problems = {}, []
+    nodes = nodes_of_stages(cluster, {stage.name: configs[stage.name].parallel for stage in stages})
+    found: dict[str, Lead] = {}
+    problems: dict[str, list[str]] = {}
     for stage in stages:
-        plan = _plan(stage, configs[stage.name], cluster)
+        plan = _plan(stage, configs[stage.name], cluster, math.prod(nodes[stage.name]))
         lead = cluster.signal_lead_seconds
         if lead is None:
             lead = max(DEFAULT_SECONDS, plan.signal_lead_seconds if plan is not None else 0)
             if cluster.time_limit is not None and only_starts_and_stops(lead, cluster.time_limit):
-                problems.append(
-                    f"stage {stage.name} has to be told to stop {lead} s before its time limit, but with "
-                    f"cluster.time_limit={cluster.time_limit} its job would then only start and stop: raise the limit, "
-                    "or say in cluster.signal_lead_seconds what is enough"
-                )
+                problems[stage.name] = [
+                    f"the job has to be told to stop {lead} s before its time limit, but with "
+                    f"cluster.time_limit={cluster.time_limit} it would then only start and stop: raise the limit, or "
+                    "say in cluster.signal_lead_seconds what is enough"
+                ]
         found[stage.name] = Lead(lead, plan)
     if problems:
-        raise ConfigError.of(problems)
+        raise ConfigError.of_stages(problems, len(stages))
     return found
 
 
@@ -74,10 +77,9 @@ def warning(found: Mapping[str, Lead]) -> str | None:
     )
 
 
-def _plan(stage: Stage, config: Any, cluster: ClusterConfig) -> PlanResult | None:
-    nodes, tasks = num_nodes(cluster, config.parallel)
+def _plan(stage: Stage, config: Any, cluster: ClusterConfig, world_size: int) -> PlanResult | None:
     if not isinstance(config, TrainStageConfig) or missing_keys(config.model) or cluster.gpus_per_node is None:
         return None
-    data = nodes * tasks // (config.parallel.tensor * config.parallel.pipeline)
+    data = world_size // (config.parallel.tensor * config.parallel.pipeline)
     parallel = dataclasses.replace(config.parallel, data=data)
     return plan_layout(PlannedStage(verb=stage.verb, stage=dataclasses.replace(config, parallel=parallel)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.config.job_size import num_nodes
 from nemo_align.config.pipeline import PipelineConfig
-from nemo_align.config.run_directory import exclusive
+from nemo_align.config.run_directory import exclusive, made
 from nemo_align.pipeline import dry_runs, slurm
 from nemo_align.pipeline.chain import Stage, build_chain, compose_chain
 from nemo_align.pipeline.leads import Lead, leads, warning
@@ -59,9 +60,9 @@ def main(config: PipelineConfig, raw_overrides: Sequence[str] = ()) -> int:
         if config.dry_run:
             _print_commands(config, todo, configs, found)
             return dry_runs.run(run_dir, todo, configs, config.cluster, found)
-        manifest.write(run_dir)
         if by_slurm:
             return _submit(config, todo, configs, found, manifest)
+        manifest.write(run_dir)
         return _run_here(run_dir, stages, todo, manifest)
 
 
@@ -148,7 +149,6 @@ def _submit(
         )
     jobs: dict[str, slurm.Job] = {}
     for stage in todo:
-        stage.run_dir.mkdir(parents=True, exist_ok=True)  # SLURM opens the job's output file before the job starts
         parallel, after = configs[stage.name].parallel, [name for name in stage.depends_on if name in jobs]
         argv = slurm.submission(
             stage,
@@ -159,40 +159,60 @@ def _submit(
             lead=found[stage.name].seconds,
         )
         nodes, _ = num_nodes(config.cluster, parallel)
-        jobs[stage.name] = slurm.Job(slurm.submit(argv, config.cluster), nodes, after)
+        with made(stage.run_dir):  # SLURM opens the job's output file before the job starts
+            job_id = _submitted(argv, config, jobs)
+        jobs[stage.name] = slurm.Job(job_id, nodes, after)
         record = manifest[stage.name]
         record.status, record.job_id, record.reason = "pending", jobs[stage.name].id, None
         manifest.write(run_dir)  # after each: jobs already queued are never forgotten
     if not jobs:
+        manifest.write(run_dir)
         summarize(run_dir, manifest)
         return exit_codes.SUCCESS
     ids = [job.id for job in jobs.values()]
     last = slurm.summary_submission(run_dir, config.cluster, pipeline=config.experiment, after=ids)
-    jobs["summary"] = slurm.Job(slurm.submit(last, config.cluster), 1, ["all of them, however they end"])
+    jobs["summary"] = slurm.Job(_submitted(last, config, jobs), 1, ["all of them, however they end"])
     print(slurm.table(jobs))
     return exit_codes.SUCCESS
 
 
+def _submitted(argv: list[str], config: PipelineConfig, jobs: dict[str, slurm.Job]) -> str:
+    """The id of the job. Raises ValueError if SLURM refuses it, with the `jobs` that it has taken before."""
+    try:
+        return slurm.submit(argv, config.cluster)
+    except ValueError as error:
+        if not jobs:
+            raise
+        taken = ", ".join(f"{name} ({job.id})" for name, job in jobs.items())
+        raise ValueError(
+            f"{error}\n  already submitted: {taken}; scancel {' '.join(job.id for job in jobs.values())} before the "
+            "same command again"
+        ) from None
+
+
 def _print_commands(config: PipelineConfig, todo: list[Stage], configs: dict[str, Any], found: dict[str, Lead]) -> None:
-    """The commands that would run; job ids that SLURM would give stand as $<stage>."""
-    if config.cluster.kind == "slurm":
-        for name, value in slurm.variables(config.cluster).items():
-            print(f"export {name}={shlex.quote(value)}")
-    for stage in todo:
-        if config.cluster.kind == "slurm":
-            names = {other.name for other in todo}
-            after = [f"${name}" for name in stage.depends_on if name in names]
-            argv = slurm.submission(
-                stage,
-                configs[stage.name].parallel,
-                config.cluster,
-                pipeline=config.experiment,
-                after=after,
-                lead=found[stage.name].seconds,
-            )
-        else:
-            argv = command(stage)
-        print(f"# {stage.name}\n{shlex.join(argv)}")
+    """The commands that would run, as a shell takes them."""
+    if config.cluster.kind != "slurm":
+        for stage in todo:
+            print(f"# {stage.name}\n{shlex.join(command(stage))}")
+        return
+    for name, value in slurm.variables(config.cluster).items():
+        print(f"export {name}={shlex.quote(value)}")
+    if todo:  # SLURM opens the jobs' output files before they start
+        print(shlex.join(["mkdir", "-p", *(str(stage.run_dir) for stage in todo)]))
+    jobs: dict[str, str] = {}  # shell variables of the job ids
+    for number, stage in enumerate(todo, start=1):
+        argv = slurm.submission(
+            stage,
+            configs[stage.name].parallel,
+            config.cluster,
+            pipeline=config.experiment,
+            after=[slurm.id_in(jobs[name]) for name in stage.depends_on if name in jobs],
+            lead=found[stage.name].seconds,
+        )
+        variable = "job_" + re.sub(r"\W", "_", stage.name)
+        jobs[stage.name] = f"{variable}_{number}" if variable in jobs.values() else variable
+        print(f"# {stage.name}\n{slurm.assigned(jobs[stage.name], argv)}")
 
 
 def _say(text: str) -> None:

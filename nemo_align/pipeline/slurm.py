@@ -70,6 +70,21 @@ def summary_submission(run_dir: Path, cluster: ClusterConfig, *, pipeline: str, 
     return ["sbatch", *options, f"--wrap={shlex.join([sys.executable, '-m', 'nemo_align.pipeline', str(run_dir)])}"]
 
 
+def assigned(variable: str, argv: list[str]) -> str:
+    """An sbatch command as a line for a shell, which puts the job's id into `variable`. Ids of earlier jobs, as `id_in`
+    writes them, are filled in by the shell."""
+    return f"{variable}=$({' '.join(map(_for_shell, argv))})"
+
+
+def id_in(variable: str) -> str:
+    """The job id in a shell's variable: sbatch --parsable says "<id>" or "<id>;<cluster>"."""
+    return f"${{{variable}%;*}}"
+
+
+def _for_shell(text: str) -> str:
+    return f'"{text}"' if text.startswith("--dependency=") else shlex.quote(text)
+
+
 def variables(cluster: ClusterConfig) -> dict[str, str]:
     """What slurm/train.sbatch is told in environment variables: the Python of the nodes, and srun's options for a
     container. A variable that is set already wins."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from nemo_align.runtime import exit_codes
 
@@ -21,13 +22,15 @@ class Check:
 
 
 def report(checks: Sequence[Check]) -> str:
-    """The checks as lines, what is wrong last, and one line that sums up."""
+    """The checks as lines, what is wrong last, and one line that sums up. A remedy of several in a row is said once,
+    below them."""
     order = {OK: 0, NOTE: 1, WARNING: 2, FAILED: 3}
     lines = []
-    for check in sorted(checks, key=lambda check: order[check.status]):
+    listed = sorted(checks, key=lambda check: order[check.status])
+    for check, following in zip_longest(listed, listed[1:]):
         head = f"{check.status:<9}{check.name:<15}"
         lines += [head + check.text.replace("\n", "\n" + " " * len(head))]
-        if check.remedy is not None:
+        if check.remedy is not None and (following is None or check.remedy != following.remedy):
             lines.append(f"{'':<9}remedy: {check.remedy}")
     failed, warned = (sum(check.status == status for check in checks) for status in (FAILED, WARNING))
     found = [f"{failed} failed"] if failed else []

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_align.checkpoint.store import CHECKPOINTS
 from nemo_align.config import build
+from nemo_align.config.plan import PlannedStage
 from nemo_align.config.stages import RewardStageConfig, TrainStageConfig, WorkerConfig
 from nemo_align.dry_run import checkpoints
 from nemo_align.dry_run.findings import number_of_bytes
+from nemo_align.model.counts import count_parameters
+from nemo_align.planning.workload import stage_length
 from nemo_align.preflight.checks import FAILED, NOTE, OK, WARNING, Check
 from nemo_align.runtime import signal_lead
 from nemo_align.runtime.folders import existing_folder
@@ -60,10 +64,53 @@ def look(run_dir: str | Path, label: str, num_bytes: int = PROBE_BYTES) -> Disk:
     return Disk(str(folder), free, written, time.perf_counter() - begin)
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a stage, or the stages of a recipe one after the other, write."""
+
+    count: int  # checkpoints that stay, of all stages
+    num_bytes: float  # of these, and of exports for Hugging Face; less what lies there already
+    fewest_bytes: float  # the same with checkpoint.keep_last=1
+    largest: int  # checkpoint
+    asynchronous: bool  # its saves
+
+
+def need_of(stages: Mapping[str, WorkerConfig]) -> Need | None:
+    """Of all stages whose size is known; None if there is none. No stage ever has more than it leaves behind."""
+    count, most, fewest, largest = 0, 0.0, 0.0, (0, False)
+    for config in stages.values():
+        size = bytes_of_checkpoint(config)
+        if size is None:
+            continue
+        assert isinstance(config, TrainStageConfig)
+        kept, exported = _kept(config), _exported_bytes(config)
+        there = _bytes_below(Path(config.run_dir) / CHECKPOINTS)
+        count += kept
+        most += max(0, kept * size + exported - there)
+        fewest += max(0, min(kept, 2) * size + exported - there)
+        largest = max(largest, (size, config.checkpoint.asynchronous))
+    return Need(count, most, fewest, *largest) if count else None
+
+
+def _kept(config: TrainStageConfig) -> int:
+    steps = [batches.steps for batches in stage_length(PlannedStage(stage=config)).batches]
+    return checkpoints.most_kept(config, None if None in steps else sum(filter(None, steps)))
+
+
+def _exported_bytes(config: TrainStageConfig) -> int:
+    if not config.checkpoint.export_hf:
+        return 0
+    return count_parameters(config.model).total * (2 if config.precision.dtype == "bf16" else 4)
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def check_disk(
-    disks: Mapping[str, Disk], config: WorkerConfig | None, lead: int = signal_lead.DEFAULT_SECONDS
+    disks: Mapping[str, Disk], stages: Mapping[str, WorkerConfig], lead: int = signal_lead.DEFAULT_SECONDS
 ) -> Check:
-    """The nodes' findings against the checkpoints of a run. The rate is that of all nodes writing at the same time.
+    """The nodes' findings against the checkpoints of the stages. The rate is that of all nodes writing at once.
 
     `lead`: seconds that a job has between the signal and its time limit.
     """
@@ -79,29 +126,37 @@ def check_disk(
         )
     free = min(disk.free_bytes for disk in disks.values())
     rate = sum(disk.written_bytes for disk in disks.values()) / max(max(d.seconds for d in disks.values()), 1e-9)
-    first = next(iter(disks.values()))
-    found = f"{number_of_bytes(free)} free, {number_of_bytes(rate)}/s written by {len(disks)} node"
-    text = f"{first.folder}: {found}{'s' * (len(disks) > 1)}"
-    size = None if config is None else bytes_of_checkpoint(config)
-    if size is None:
-        return Check(name="disk", status=OK, text=text)
-    assert isinstance(config, TrainStageConfig)
-    seconds = size / max(rate, 1.0)
-    text += f"; a checkpoint has {number_of_bytes(size)}: {seconds:.0f} s"
-    if free < size:
-        return Check(name="disk", status=FAILED, text=text, remedy="make room, or set run_dir to a larger file system")
-    # One is written before the oldest is deleted; the final one stays beside the periodic ones.
-    kept = config.checkpoint.keep_last + 2 if config.checkpoint.save_every else 1
-    if free < kept * size:
-        remedy = f"room for {kept} checkpoints, or a lower checkpoint.keep_last"
-        return Check(name="disk", status=WARNING, text=f"{text}, and {kept} of them lie there at once", remedy=remedy)
-    needed = signal_lead.needed_seconds(0.0, seconds, asynchronous=config.checkpoint.asynchronous)
+    folder = next(iter(disks.values())).folder
+    found = f"{number_of_bytes(free)} free"
+    speed = f"{number_of_bytes(rate)}/s written by {len(disks)} node{'s' * (len(disks) > 1)}"
+    need = need_of(stages)
+    if need is None:
+        return Check(name="disk", status=OK, text=f"{folder}: {found}, {speed}")
+    seconds = need.largest / max(rate, 1.0)
+    largest = "a checkpoint has" if len(stages) == 1 else "the largest checkpoint has"
+    of_stages = f" of {len(stages)} stages" if len(stages) > 1 else ""
+    what = f"{need.count} checkpoints{of_stages} stay" if need.count > 1 else f"one checkpoint{of_stages} stays"
+    text = (
+        f"{folder}: needs {number_of_bytes(need.num_bytes)}, {found}: {what}; {largest} "
+        f"{number_of_bytes(need.largest)}: {seconds:.0f} s, {speed}"
+    )
+    if free < need.num_bytes:
+        return Check(name="disk", status=FAILED, text=text, remedy=_room(need, of_recipe=len(stages) > 1))
+    needed = signal_lead.needed_seconds(0.0, seconds, asynchronous=need.asynchronous)
     if needed > lead:
         text += f", more than the {lead} s between the signal and the time limit hold"
         remedy = f"cluster.signal_lead_seconds={needed} or more, or a faster file system"
         remedy += "; more nodes write faster than one: ask them (slurm/train.sbatch doctor)" if len(disks) == 1 else ""
         return Check(name="disk", status=WARNING, text=text, remedy=remedy)
     return Check(name="disk", status=OK, text=text)
+
+
+def _room(need: Need, *, of_recipe: bool) -> str:
+    remedy = "run_dir=<folder on a larger file system>"
+    if need.fewest_bytes < need.num_bytes:
+        where = " in every stage that trains (its experiment, or its stages.<name>.overrides)" if of_recipe else ""
+        remedy += f", or checkpoint.keep_last=1{where}, which needs {number_of_bytes(need.fewest_bytes)}"
+    return remedy
 
 
 def check_shared(seen: Mapping[str, bool]) -> Check:

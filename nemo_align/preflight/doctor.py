@@ -14,15 +14,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_align.config.doctor import stage_of
 from nemo_align.config.errors import ConfigError
-from nemo_align.config.job_size import num_nodes
+from nemo_align.config.job_size import nodes_of_stages
 from nemo_align.config.runtime import ParallelConfig, RuntimeConfig
 from nemo_align.config.validation import check_data_parallel, check_world_size
-from nemo_align.preflight import disk, node, versions
+from nemo_align.preflight import disk, files, node, versions
 from nemo_align.preflight.checks import FAILED, NOTE, OK, WARNING, Check, exit_code, report
 from nemo_align.preflight.fit import check_fit
 from nemo_align.runtime import launch_environment, local_launch, signal_lead
@@ -35,12 +36,11 @@ _TIMEOUT_MINUTES = 5.0  # of a collective: a link that hangs is found, not waite
 
 def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int:
     """Print the report; returns SUCCESS, or USER_ERROR if a check failed. `environment`: of this rank of a job."""
-    configuration, stages = _configuration(arguments)
-    config = _largest(stages)
+    looked = _configuration(arguments)
     if environment is not None:
-        return _on_ranks(configuration, stages, environment)
+        return _on_ranks(looked, environment)
     gpus = local_launch.number_of_gpus()
-    workers = _num_workers(config, gpus)
+    workers = _num_workers(_largest(looked.stages), gpus)
     if workers > 1:
         with tempfile.TemporaryDirectory(prefix="nemo_align_doctor_") as logs:
             argv = [sys.executable, "-m", "nemo_align.preflight.doctor", *arguments]
@@ -52,16 +52,16 @@ def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int
         gpus=gpus,
         ranks=1,
         memory=None if driver is None else driver.memory,
-        missing=[] if config is None else node.missing_files(config),
+        missing=files.missing(looked.stages, looked.written),
     )
     checks = [
-        *configuration,
+        *looked.checks,
         *versions.check_versions(found, gpus=gpus),
         versions.check_driver(found, driver),
         versions.check_apex(),
         *node.check_nodes([here]),
-        *_plans(stages, here.memory),
-        disk.check_disk({here.name: disk.look(_run_dir(config), here.name)}, config, signal_lead.configured()),
+        *_plans(looked.stages, here.memory),
+        disk.check_disk({here.name: disk.look(looked.run_dir, here.name)}, looked.stages, signal_lead.configured()),
         _slurm(),
         Check(
             name="links", status=NOTE, text="to be timed on the nodes: sbatch --nodes=<n> slurm/train.sbatch doctor ..."
@@ -71,33 +71,52 @@ def main(arguments: Sequence[str], environment: LaunchEnvironment | None) -> int
     return exit_code(checks)
 
 
-def _configuration(arguments: Sequence[str]) -> tuple[list[Check], dict[str, Any]]:
-    """Whether the configuration is valid, and the stages that the machines are looked at for, by name."""
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
+    """What the machines are looked at for."""
+
+    checks: list[Check]  # whether its configuration is valid
+    stages: dict[str, Any] = field(default_factory=dict)  # configurations, by name
+    run_dir: str = "."
+    written: dict[str, list[Path]] | None = None  # of a recipe: folders that each stage finds written by earlier ones
+
+
+def _configuration(arguments: Sequence[str]) -> _Looked:
     try:
         verb, config = stage_of(arguments)
         if verb is None:
-            return [Check(name="configuration", status=NOTE, text="none given (+experiment=<recipe>/<stage>)")], {}
+            none = Check(name="configuration", status=NOTE, text="none given (+experiment=<recipe>/<stage>)")
+            return _Looked(checks=[none])
         if verb == "pipeline":
             return _recipe(config)
         valid = Check(name="configuration", status=OK, text=f"{config.experiment} ({verb})")
-        return [valid], {config.experiment: config}
+        return _Looked(checks=[valid], stages={config.experiment: config}, run_dir=config.run_dir)
     except ConfigError as error:
         remedy = "as the message says; nemo-align <verb> --help lists the keys"
-        return [Check(name="configuration", status=FAILED, text=str(error), remedy=remedy)], {}
+        return _Looked(checks=[Check(name="configuration", status=FAILED, text=str(error), remedy=remedy)])
 
 
-def _recipe(config: Any) -> tuple[list[Check], dict[str, Any]]:
-    """All stages, each with the size of its job where a cluster gives that; the largest stands for what follows."""
+def _recipe(config: Any) -> _Looked:
+    """All stages, each with the size of its job where a cluster gives that."""
     from nemo_align.pipeline.chain import build_chain, compose_chain
     from nemo_align.pipeline.resume import is_complete
 
-    stages = build_chain(config)
-    configs = compose_chain(stages, {stage.name for stage in stages if is_complete(stage)}, check_files=False)
+    chain = build_chain(config)
+    configs = compose_chain(chain, {stage.name for stage in chain if is_complete(stage)}, check_files=False)
     if config.cluster.kind == "slurm":
-        for stage in configs.values():
-            stage.gpus = math.prod(num_nodes(config.cluster, stage.parallel))
-    text = f"{config.experiment}: {len(stages)} stages; the largest, {_largest(configs).experiment}, stands for them"
-    return [Check(name="configuration", status=OK, text=f"{text} below, but for the plan")], configs
+        sizes = nodes_of_stages(config.cluster, {name: stage.parallel for name, stage in configs.items()})
+        for name, stage in configs.items():
+            stage.gpus = math.prod(sizes[name])
+    folders = {stage.name: stage.run_dir for stage in chain}
+    text = (
+        f"{config.experiment}: {len(chain)} stages; links in the layout of the largest, {_largest(configs).experiment}"
+    )
+    return _Looked(
+        checks=[Check(name="configuration", status=OK, text=text)],
+        stages=configs,
+        run_dir=config.run_dir,
+        written={stage.name: [folders[name] for name in stage.depends_on] for stage in chain},
+    )
 
 
 def _largest(stages: Mapping[str, Any]) -> Any:
@@ -122,10 +141,6 @@ def _num_workers(config: Any, gpus: int) -> int:
     return needed if needed <= _MOST_CPU_WORKERS else 1
 
 
-def _run_dir(config: Any) -> str:
-    return "." if config is None else config.run_dir
-
-
 def _slurm() -> Check:
     if shutil.which("sbatch") is None:
         return Check(name="SLURM", status=NOTE, text="sbatch is not installed here")
@@ -137,23 +152,22 @@ def _slurm() -> Check:
     return Check(name="SLURM", status=OK, text=f"{sum(map(int, done.stdout.split()))} nodes")
 
 
-def _on_ranks(configuration: list[Check], stages: Mapping[str, Any], environment: LaunchEnvironment) -> int:
+def _on_ranks(looked: _Looked, environment: LaunchEnvironment) -> int:
     """The checks of all nodes and of the links between them; rank 0 prints, all return the same code."""
     from nemo_align.preflight import links
     from nemo_align.preflight.start import here
     from nemo_align.runtime import device, logs, topology
     from nemo_align.runtime.agreement import gather, on_main
 
-    config = _largest(stages)
     logs.quiet_libraries()
     device.install()
-    parallel, layout = _layout(config, environment)
+    parallel, layout = _layout(_largest(looked.stages), environment)
     grid = topology.initialize(parallel, RuntimeConfig(distributed_timeout_minutes=_TIMEOUT_MINUTES), environment)
     driver = versions.driver() if environment.local_rank == 0 else None
-    mine = here(config, environment)
+    mine = here(looked.stages, environment, looked.written)
     mine.versions.update({"driver": driver.version} if driver else {})
-    disks = gather((mine.name, disk.look(_run_dir(config), str(grid.rank))) if environment.local_rank == 0 else None)
-    sees = _sees_the_same_files(config, grid.rank)
+    disks = gather((mine.name, disk.look(looked.run_dir, str(grid.rank))) if environment.local_rank == 0 else None)
+    sees = _sees_the_same_files(looked.run_dir, grid.rank)
     rates = links.measure(grid, mine.name)
     everyone = gather((environment.local_rank, mine, sees))
     accelerator = device.accelerator_name()
@@ -166,13 +180,15 @@ def _on_ranks(configuration: list[Check], stages: Mapping[str, Any], environment
             versions.check_apex(),
         )
         checks = [
-            *configuration,
+            *looked.checks,
             *(check for check in own if check.status != FAILED),  # the others come from every node, named
             versions.check_driver(found, driver, works=mine.gpus > 0),
             *node.check_nodes(leaders),
-            disk.check_disk(dict(entry for entry in disks if entry is not None), config, signal_lead.configured()),
+            disk.check_disk(
+                dict(entry for entry in disks if entry is not None), looked.stages, signal_lead.configured()
+            ),
             disk.check_shared({f"{entry.name}": saw for local_rank, entry, saw in everyone if local_rank == 0}),
-            *_plans(stages, node.smallest_memory([entry for _, entry, _ in everyone]), environment.world_size),
+            *_plans(looked.stages, node.smallest_memory([entry for _, entry, _ in everyone]), environment.world_size),
             *layout,
             *links.judge(rates, accelerator),
         ]
@@ -202,13 +218,13 @@ def _layout(config: Any, environment: LaunchEnvironment) -> tuple[ParallelConfig
     return config.parallel, []
 
 
-def _sees_the_same_files(config: Any, rank: int) -> bool:
+def _sees_the_same_files(run_dir: str, rank: int) -> bool:
     """Whether a file that rank 0 writes beside the run is there for this rank too. A collective."""
     import torch.distributed as dist
 
     paths: list[Any] = [None]
     if rank == 0:
-        folder = existing_folder(_run_dir(config))
+        folder = existing_folder(run_dir)
         try:
             with tempfile.NamedTemporaryFile(prefix=".nemo_align_doctor_", dir=folder, delete=False) as file:
                 paths = [file.name]

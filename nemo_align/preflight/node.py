@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from nemo_align.config.stages import WorkerConfig
-from nemo_align.config.validation_data import check_data
 from nemo_align.preflight.checks import FAILED, NOTE, OK, WARNING, Check
+from nemo_align.preflight.files import Missing
 
 _MOST_NAMED = 8
 
@@ -23,18 +21,8 @@ class Node:
     gpus: int  # that this rank sees
     ranks: int  # of the job on this node
     memory: int | None = None  # bytes that torch can give on this rank's GPU; None on a CPU
-    missing: list[str] = field(default_factory=list)  # what the configuration names and the node does not have
+    missing: list[Missing] = field(default_factory=list)  # files that the configuration names
     wrong: list[Check] = field(default_factory=list)  # of its packages and its driver, whatever the other nodes have
-
-
-def missing_files(config: WorkerConfig) -> list[str]:
-    """Files of the configuration that this node does not have, each as the check of the configuration says it."""
-    known = set(check_data(config, check_files=False))
-    missing = [problem for problem in check_data(config, check_files=True) if problem not in known]
-    init_from = config.checkpoint.init_from
-    if init_from is not None and not Path(init_from).exists():
-        missing.append(f"checkpoint.init_from={init_from} does not exist")
-    return missing
 
 
 def check_nodes(nodes: list[Node], *, only_differences: bool = False) -> Iterator[Check]:
@@ -45,13 +33,12 @@ def check_nodes(nodes: list[Node], *, only_differences: bool = False) -> Iterato
     yield _enough_gpus(nodes)
     lacking = {node.name: node.missing for node in nodes if node.missing}
     everywhere = len({node.name for node in nodes})
-    for problem in dict.fromkeys(problem for missing in lacking.values() for problem in missing):
-        where = [name for name, missing in lacking.items() if problem in missing]
+    for file in dict.fromkeys(file for missing in lacking.values() for file in missing):
+        where = [name for name, missing in lacking.items() if file in missing]
         if len(where) == everywhere and only_differences:
             continue
         on = "" if len(where) == everywhere else f" (on {_named(where)})"
-        remedy = "put it there, or name a folder that all nodes see: data.root=<folder>"
-        yield Check(name="files", status=FAILED, text=f"{problem}{on}", remedy=remedy)
+        yield Check(name="files", status=FAILED, text=f"{file.text}{on}", remedy=file.remedy)
 
 
 def smallest_memory(nodes: list[Node]) -> int | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from nemo_align.config.stages import WorkerConfig
-from nemo_align.preflight import disk, node, versions
+from nemo_align.preflight import disk, files, node, versions
 from nemo_align.preflight.checks import FAILED, WARNING, Check
 from nemo_align.preflight.fit import check_fit
 from nemo_align.runtime import device, launch_environment, watchdog
@@ -29,7 +30,7 @@ def check_job(config: WorkerConfig, environment: LaunchEnvironment) -> list[str]
         ValueError: on all ranks alike: nodes of different versions or with packages that cannot run, too few GPUs, data
             that only some nodes have.
     """
-    seen = gather((watchdog.place(), here(config, environment)))
+    seen = gather((watchdog.place(), here({config.experiment: config}, environment)))
     nodes = [entry for _, entry in seen]
     memory = node.smallest_memory(nodes)
     problems = [check for check in node.check_nodes(nodes, only_differences=True) if check.status == FAILED]
@@ -42,8 +43,12 @@ def check_job(config: WorkerConfig, environment: LaunchEnvironment) -> list[str]
     return [place for place, _ in seen]
 
 
-def here(config: WorkerConfig | None, environment: LaunchEnvironment) -> node.Node:
-    """What this rank sees of its node."""
+def here(
+    stages: Mapping[str, WorkerConfig],
+    environment: LaunchEnvironment,
+    written: Mapping[str, Sequence[Path]] | None = None,
+) -> node.Node:
+    """What this rank sees of its node. `written`: by earlier stages of a recipe, as `files.missing` takes it."""
     found, gpus = _versions(), torch.cuda.device_count() if device.use_gpu() else 0
     first = environment.local_rank == 0
     return node.Node(
@@ -52,7 +57,7 @@ def here(config: WorkerConfig | None, environment: LaunchEnvironment) -> node.No
         gpus=gpus,
         ranks=environment.local_world_size,
         memory=device.total_memory(),
-        missing=node.missing_files(config) if config is not None and first else [],
+        missing=files.missing(stages, written) if first else [],
         wrong=list(_wrong(found, gpus)) if first else [],
     )
 

@@ -19,7 +19,9 @@ def test_on_the_ranks_of_a_layout(stage_inputs, tmp_path):
     for kind, groups in (("tensor", 2), ("data", 2)):
         assert re.search(rf"links +{kind}: {groups} groups, all-reduce [\d.e+-]+ GB/s, the slowest ", said), said
     assert re.search(r"links +all ranks: all-reduce [\d.e+-]+ GB/s", said)
-    assert re.search(r"disk +\S+: [\d.]+ [GT]B free, .* written by 1 node; a checkpoint has ", said)
+    assert re.search(
+        r"disk +\S+: needs [\d.]+ [MG]B, [\d.]+ [GT]B free: .*; a checkpoint has .* written by 1 node", said
+    )
     assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
     # Four processes share the cores of whatever runs this: one may look slow. Nothing else may be wrong.
     wrong = [line for line in said.splitlines() if line.startswith("failed")]
@@ -43,11 +45,12 @@ def test_a_mistake_and_missing_files_are_named_with_their_remedies(tmp_path):
     assert "unknown experiment 'nemotron4_340b/cod_sft'; did you mean 'nemotron4_340b/code_sft'?" in done.stdout
 
 
-def test_a_recipe_is_looked_at_as_its_largest_stage(tmp_path):
+def test_all_stages_of_a_recipe_are_looked_at(tmp_path):
     done = commands.run("doctor", "+experiment=nemotron4_340b/recipe", cwd=tmp_path)
-    assert (
-        "nemotron4_340b/recipe: 10 stages; the largest, nemotron4_340b/pretrain, stands for them below" in done.stdout
-    )
+    assert "10 stages; links in the layout of the largest, nemotron4_340b/pretrain" in done.stdout
+    assert "stage code_sft: data.train.code_sft.path=data/nemotron4/code_sft/train.jsonl does not exist" in done.stdout
+    assert re.search(r"disk +\S+: needs 129 TB, \S+ [GT]B free: 27 checkpoints of 10 stages stay", done.stdout)
+    assert "checkpoint.init_from" not in done.stdout  # earlier stages make them
     for name, gpus in (("pretrain", "6,144"), ("score_pairs", "96"), ("rpo_3", "192")):
         assert re.search(rf"^ok       plan           {name} on {gpus} GPUs: [\d.]+ of 84.9 GB", done.stdout, re.M)
 

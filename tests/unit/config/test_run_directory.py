@@ -105,6 +105,40 @@ def test_one_command_at_a_time(tmp_path):
         pass
 
 
+def test_a_refused_command_leaves_nothing_behind(tmp_path):
+    def refuse(run_dir: Path) -> None:
+        with pytest.raises(ValueError, match="no"):
+            with exclusive(run_dir):
+                raise ValueError("no")
+
+    refuse(tmp_path / "runs" / "recipe" / "mine")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kept" / "checkpoints").mkdir(parents=True)
+    refuse(tmp_path / "kept" / "new")
+    refuse(tmp_path / "kept")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["checkpoints"]
+    with exclusive(tmp_path / "kept"):  # what an earlier command left stays
+        pass
+    refuse(tmp_path / "kept")
+    assert (tmp_path / "kept" / ".lock").exists()
+
+
+def test_a_lock_that_was_taken_away_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+    path, flock, opened = tmp_path / ".lock", fcntl.flock, []
+
+    def flock_late(lock, operation):
+        opened.append(lock.name)
+        if len(opened) == 1:  # the command that held it is refused between our open() and our lock
+            path.unlink()
+        flock(lock, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with exclusive(tmp_path):
+        with pytest.raises(ConfigError, match="is in use"), exclusive(tmp_path):
+            raise AssertionError
+    assert len(opened) == 3 and path.exists()
+
+
 def test_a_folder_that_cannot_be_locked_is_used_with_a_note(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")

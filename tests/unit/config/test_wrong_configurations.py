@@ -290,6 +290,18 @@ WRONG = [
     ("pipeline", ["cluster.sbatch_options=[-w dgx1]"], "must be a long option with its value and without spaces"),
     ("pipeline", ["cluster.sbatch_options=['--time=1']"], "cluster.time_limit says it: use that"),
     ("pipeline", ["cluster.sbatch_options=['--dependency=after:1']"], "the pipeline sets it for each stage"),
+    ("pipeline", ["data=context_4k"], """a choice for a stage: 'stages.<name>.overrides=["data=context_4k"]'"""),
+    ("pipeline", ["data.rot=/data"], "unknown key 'data.rot'; did you mean 'data.root'?"),
+    (
+        "pipeline",
+        ["precision.dtype=bf16"],
+        """For every stage: 'overrides=["precision.dtype=..."]', for one: 'stages.<name>.overrides=["prec""",
+    ),
+    (
+        "pipeline",
+        ["optimizer.lr=1"],
+        """pretrain, sft, reward, preference. For a stage: 'stages.<name>.overrides=["optimizer.lr=..."]'""",
+    ),
     ("pipeline", ["overrides=['parallel=tp3']"], "overrides: unknown parallel choice 'tp3'"),
     ("convert", ["to=hf"], "from and to are both hf"),
     ("convert", ["source=absent"], "source=absent does not exist"),

@@ -68,14 +68,20 @@ def test_the_340b_as_jobs_of_a_cluster(tmp_path: Path) -> None:
     done = start(["pipeline", "+experiment=nemotron4_340b/recipe", *arguments, "dry_run=true"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"--container-mounts={tmp_path}:{tmp_path},/data:/data --container-workdir={tmp_path}" in done.stdout
-    assert len(re.findall(r"^sbatch .*--partition=batch .*--time=04:00:00", done.stdout, re.MULTILINE)) == 10
-    assert re.search(r"^sbatch .*recipe/pretrain --nodes=768 --ntasks-per-node=8", done.stdout, re.MULTILINE)
+    assert (
+        len(re.findall(r"^job_\w+=\$\(sbatch .*--partition=batch .*--time=04:00:00", done.stdout, re.MULTILINE)) == 10
+    )
     assert re.search(
-        r"^sbatch .*recipe/dpo --nodes=24 .*afterok:\$general_sft:\$score_pairs", done.stdout, re.MULTILINE
+        r"^job_pretrain=\$\(sbatch .*recipe/pretrain --nodes=768 --ntasks-per-node=8", done.stdout, re.MULTILINE
+    )
+    assert re.search(
+        r"^job_dpo=\$\(sbatch .*recipe/dpo --nodes=24 .*afterok:\$\{job_general_sft%;\*\}:\$\{job_score_pairs%;\*\}",
+        done.stdout,
+        re.MULTILINE,
     )
     assert "/data/tokenizer.model (data.tokenizer)" in done.stdout
     # Each stage by the lead that its job would have.
-    leads = re.findall(r"^sbatch .* --signal=TERM@(\d+)", done.stdout, re.MULTILINE)
+    leads = re.findall(r"^job_\w+=\$\(sbatch .* --signal=TERM@(\d+)", done.stdout, re.MULTILINE)
     del leads[5]  # scoring saves nothing
     assert re.findall(r"^  told to stop (\d+) s before", done.stdout, re.MULTILINE) == leads
     assert leads[0] == "600" and int(leads[2]) > 900 and done.stderr == ""

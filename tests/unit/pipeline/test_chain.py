@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_align.config.assignment import assignment
 from nemo_align.config.compose import ConfigError, compose
 from nemo_align.config.pipeline import PipelineConfig, PipelineStageConfig
-from nemo_align.pipeline.chain import assignment, build_chain, compose_chain
+from nemo_align.pipeline.chain import build_chain, compose_chain
 
 
 def rows(path: Path) -> Path:
@@ -61,6 +62,27 @@ def test_each_stage_gets_its_command(recipe):
     assert stages["sft"].depends_on == ()
 
 
+def test_data_root_is_that_of_every_stage_but_for_its_own_overrides(recipe):
+    recipe.overrides.append("data.root=of/all")
+    recipe.stages["reward"].overrides.append("data.root=its/own")
+    assert {name: config.data.root for name, config in check(recipe).items()} == {
+        **dict.fromkeys(recipe.stages, "of/all"),
+        "reward": "its/own",
+    }
+    recipe.data.root = "of the command, line"  # over what the recipe says
+    assert {config.data.root for config in check(recipe).values()} == {"of the command, line", "its/own"}
+
+
+def test_a_published_recipe_finds_its_files_below_data_root():
+    texts = ["+experiment=nemotron4_340b/recipe", "data.root=/x"]
+    configs = compose_chain(build_chain(compose("pipeline", texts)), set(), check_files=False)
+    assert configs["pretrain"].data.tokenizer == "/x/tokenizer.model"
+    assert configs["general_sft"].data.train["code_sft"].path == "/x/code_sft/train.jsonl"
+    assert configs["score_pairs"].inputs["train"] == "/x/preference/train.jsonl"
+    planned = compose("plan", texts).stages
+    assert planned["reward"].stage.data.train["helpsteer2"].path == "/x/helpsteer2/train.jsonl.gz"
+
+
 def test_a_stage_has_the_model_and_tokenizer_of_the_stage_it_starts_from(recipe):
     configs = check(recipe)
     assert configs["dpo"].model == configs["sft"].model
@@ -97,6 +119,17 @@ def test_all_stages_problems_are_shown_together(recipe):
     recipe.stages["reward"].overrides.append("train.global_batch_size=0")
     recipe.stages["dpo"].overrides.append("optimizer.beta1=2")
     with pytest.raises(ConfigError, match=r"(?s)stage reward: .*stage dpo: "):
+        check(recipe)
+
+
+def test_a_problem_of_all_stages_is_said_once_without_their_names(recipe):
+    recipe.overrides.append("runtime.seed=-1")
+    with pytest.raises(ConfigError, match=r"^runtime.seed is -1, but must lie in 0 .. 2\^31 - 1$"):
+        check(recipe)
+    recipe.overrides.pop()
+    for name in ("reward", "dpo"):
+        recipe.stages[name].overrides.append("train.global_batch_size=0")
+    with pytest.raises(ConfigError, match=r"^stages reward, dpo: train.global_batch_size is 0"):
         check(recipe)
 
 

@@ -36,9 +36,25 @@ def test_a_site_s_word_is_taken_and_held_against_the_plan():
 
 
 def test_a_time_limit_that_the_lead_fills_is_refused():
-    with pytest.raises(ConfigError, match=r"^stage code_sft has to be told to stop \d+ s before its time limit, but "):
+    with pytest.raises(
+        ConfigError, match=r"^stage code_sft: the job has to be told to stop \d+ s before its time limit, but "
+    ):
         found("cluster.time_limit='00:15:00'")
     assert found("cluster.time_limit='00:15:00'", "cluster.signal_lead_seconds=300")["code_sft"].seconds == 300
+
+
+def test_layouts_that_do_not_fill_nodes_are_named_with_their_stages():
+    with pytest.raises(ConfigError) as refused:
+        found("cluster.gpus_per_node=7")
+    said = "do not fill nodes of 7: choose parallel.data so that they do, or correct cluster.gpus_per_node"
+    assert str(refused.value).splitlines() == [
+        f"{names}: parallel.tensor x pipeline x data = {workers} workers {said}"
+        for names, workers in (
+            ("stages pretrain, continued_pretrain", 6144),
+            ("stages code_sft, reward", 192),
+            ("stage score_pairs", 96),
+        )
+    ]
 
 
 def test_nodes_without_gpus_are_not_planned():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_align.config.compose import compose
 from nemo_align.config.job_size import num_nodes
 from nemo_align.config.pipeline import ClusterConfig
 from nemo_align.config.runtime import ParallelConfig
@@ -127,17 +128,21 @@ def test_without_slurm_the_remedy_is_named(monkeypatch, tmp_path):
         slurm.submit(["sbatch"])
 
 
-def test_a_chain_is_submitted_with_its_dependencies_and_not_twice(tmp_path, monkeypatch, capsys):
-    from nemo_align.config.compose import compose
-
+def _chain(tmp_path: Path, *links: tuple[str, str | None]) -> list[str]:
+    """Command line of a chain on SLURM: stages with the stage that each starts from."""
     for name in ("tokenizer.model", "rows.jsonl"):
         (tmp_path / name).write_text("")
     keys = [f"data.tokenizer={tmp_path}/tokenizer.model", f"data.train.a.path={tmp_path}/rows.jsonl"]
     keys += ["data.sequence_length=64", "train.global_batch_size=8", "train.max_steps=2", "optimizer.lr=1e-4"]
     texts = [f"run_dir={tmp_path}/run", f"overrides=[{','.join(map(repr, keys))}]", "cluster=slurm"]
-    texts += ["stages.base.verb=sft", "stages.base.overrides=['model=tiny']"]
-    for name, source in ("left", "base"), ("right", "base"), ("end", "left"):
-        texts += [f"stages.{name}.verb=sft", f"stages.{name}.init_from={source}"]
+    for name, source in links:
+        start = "overrides=['model=tiny']" if source is None else f"init_from={source}"
+        texts += [f"stages.{name}.verb=sft", f"stages.{name}.{start}"]
+    return texts
+
+
+def test_a_chain_is_submitted_with_its_dependencies_and_not_twice(tmp_path, monkeypatch, capsys):
+    texts = _chain(tmp_path, ("base", None), ("left", "base"), ("right", "base"), ("end", "left"))
     # An sbatch that only numbers its jobs: what SLURM makes of them needs a real cluster.
     _commands(tmp_path, monkeypatch, f'echo "$*" >> {tmp_path}/calls; wc -l < {tmp_path}/calls', squeue="echo PENDING")
 
@@ -151,6 +156,48 @@ def test_a_chain_is_submitted_with_its_dependencies_and_not_twice(tmp_path, monk
     assert "cancel all: scancel 1 2 3 4" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"still queued or running: base \(job 1\)"):
         run.main(compose("pipeline", texts), texts)
+
+
+def test_the_commands_of_a_dry_run_are_the_submission(tmp_path, monkeypatch, capsys):
+    texts = _chain(tmp_path, ("base", None), ("on-it", "base"), ("on_it", "base"), ("last", "on_it"))
+    texts += ['run_dir="its (here)/run"', "stages.last.overrides=['data.train.b.path={on-it}/../../../rows.jsonl']"]
+    monkeypatch.chdir(tmp_path)
+    # Ids as of a federation of clusters; an output file that cannot be opened is an error.
+    stub = (
+        'for text; do case $text in --output=*) touch "${text#--output=}" || exit 1 ;; esac; done\n'
+        f'printf "%s|" "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls; echo "$(wc -l < {tmp_path}/calls);dgx"'
+    )
+    _commands(tmp_path, monkeypatch, stub)
+    monkeypatch.setattr(run.dry_runs, "run", lambda *_: exit_codes.SUCCESS)  # tests/unit/dry_run/ has its own tests
+    assert run.main(compose("pipeline", [*texts, "dry_run=true"])) == 0
+    printed = capsys.readouterr().out
+    assert '"--dependency=afterok:${job_base%;*}"' in printed and not (tmp_path / "its (here)").exists()
+    subprocess.run(["bash", "-euc", printed], check=True)
+    pasted = (tmp_path / "calls").read_text().splitlines()
+    (tmp_path / "calls").unlink()
+
+    assert run.main(compose("pipeline", texts)) == 0
+    submitted = (tmp_path / "calls").read_text().splitlines()
+    assert pasted == submitted[:4]  # the last job writes the manifest, which the submission has begun
+    assert [re.findall(r"--dependency=afterok:([\d:]+)\|", call) for call in pasted] == [[], ["1"], ["1"], ["2:3"]]
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_refused_submission_leaves_behind_only_what_slurm_has_taken(tmp_path, monkeypatch, taken):
+    texts = _chain(tmp_path, ("base", None), ("left", "base"), ("end", "left"))
+    (tmp_path / "calls").touch()
+    stub = f'echo >> {tmp_path}/calls; n=$(wc -l < {tmp_path}/calls); [ "$n" -le {taken} ] && echo "$n" && exit 0\n'
+    _commands(tmp_path, monkeypatch, stub + "echo 'over the limit' >&2; exit 1")
+    with pytest.raises(ValueError, match="sbatch refused the job: over the limit") as refused:
+        run.main(compose("pipeline", texts))
+    if not taken:
+        assert not (tmp_path / "run").exists() and "already" not in str(refused.value)
+        return
+    assert str(refused.value).endswith(
+        "\n  already submitted: base (1), left (2); scancel 1 2 before the same command again"
+    )
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["base", "left", "manifest.json"]
+    assert [record.job_id for record in read_manifest(tmp_path / "run").stages] == ["1", "2", None]
 
 
 def test_further_options_of_sbatch_are_passed_on(tmp_path):

@@ -60,7 +60,7 @@ def test_the_configuration_can_be_shown():
         ),
         (["+experiment=quickstart/score_code"], "which trains nothing to plan"),
         (["+experiment=quickstart/recipe", "search=true", "gpus=8"], "search= is for one stage"),
-        (["+experiment=quickstart/recipe", "gpus=3"], "code_sft: gpus=3 cannot form"),
+        (["+experiment=quickstart/recipe", "gpus=3"], "stages code_sft, general_sft, dpo: gpus=3 cannot form"),
         (["+experiment=quickstart/nothing"], "unknown experiment"),
         (["verb=convert"], "verb is 'convert', but must be one of pretrain, sft, reward, preference"),
         (["verb=sft", "train.global_batch_size=8"], "no model: choose one with model="),
