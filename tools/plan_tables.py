@@ -17,6 +17,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from bench import published_runs
 
 from nemo_align.config.model import ModelConfig
@@ -25,7 +26,7 @@ from nemo_align.config.plan_stage import compose_plan
 from nemo_align.config.runtime import ParallelConfig, PrecisionConfig
 from nemo_align.planning import activations
 from nemo_align.planning.activations import layer_bytes
-from nemo_align.planning.estimate import Estimate
+from nemo_align.planning.estimate import Estimate, estimate
 from nemo_align.planning.fit import stage_memory
 from nemo_align.planning.job import Job, StepWork
 from nemo_align.planning.layer_time import layer, output
@@ -285,6 +286,42 @@ def one_gpu(name: str, what: str) -> tuple[StageMemory, float]:
     return memory_plan(job).stages[0], step_time(job).total
 
 
+ALIGNMENT = {
+    "as in the recipe": [],
+    "VP 1, none recomputed": ["parallel.virtual_pipeline=1", "parallel.recompute=none"],
+    "VP 8, none recomputed": ["parallel.recompute=none"],
+    "the same, gradients in bf16": ["parallel.recompute=none", "precision.grad_reduce_fp32=false"],
+    "PP 6, VP 16, DP 4": ["parallel.pipeline=6", "parallel.virtual_pipeline=16", "parallel.data=4"],
+}
+
+
+def alignment() -> Iterator[str]:
+    """The 340B's Code SFT and DPO on 192 GPUs by what lengths the rows have; layouts that fit."""
+    yield "| stage | mean tokens | layout | micro-batches | padding | GB, largest rank | verdict | step, s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, segments in (("code_sft", 1), ("dpo", 2)):
+        for mean in (250, 650, 1300):
+            lengths = _lengths(mean, segments)
+            for label, overrides in ALIGNMENT.items():
+                stage = compose_plan([f"+experiment=nemotron4_340b/{name}", *overrides]).stage
+                found = estimate(stage, stage.train.global_batch_size, lengths)
+                count, memory = found.job.work.micro_batches, found.memory
+                if memory.fits:
+                    yield (
+                        f"| {name} | {mean:,} | {label} | {count:.1f} | {100 * found.padding_fraction:.0f} % "
+                        f"| {memory.largest.total / 1e9:.1f} | {memory.verdict} | {found.time.total:.2f} |"
+                    )
+
+
+def _lengths(mean: int, segments: int) -> np.ndarray:
+    """[6000, segments] of a log-normal distribution, cut at 4,096 tokens; those of a pair are alike."""
+    random = np.random.default_rng(1)
+    spread, within = 0.8, 0.3
+    rows = random.lognormal(np.log(mean) - spread**2 / 2, spread, (6000, 1))
+    rows = rows * np.exp(random.normal(0.0, within, (6000, segments))) if segments > 1 else rows
+    return np.clip(rows, 16, LENGTH).astype(np.int64)
+
+
 # tests/distributed/test_planned_memory.py, which runs them: MB of tensors on ranks 0 and 1 at most.
 QUICKSTART_MEASURED = {
     "pretrain": (74.4, 74.5),
@@ -318,6 +355,7 @@ def tables() -> dict[str, list[str]]:
         "Table 2": list(table_2()),
         "memory by part": list(parts()),
         "what moves memory and time": list(moves()),
+        "alignment": list(alignment()),
         "products": list(products()),
         "published runs": published_runs.table(),
         "measured": list(measured()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from nemo_align.config.model import ModelConfig
@@ -15,12 +16,21 @@ class StepWork:
     """One optimizer step. Where examples differ in length, the mean over many steps."""
 
     examples: float  # of the global batch
-    micro_batches: int  # per data-parallel rank, empty ones included
+    micro_batches: float  # per data-parallel rank, empty ones included
     tokens: int  # of one micro-batch, padding included
     squared_tokens: float  # of one micro-batch: sum of squared segment lengths, padding included
     real_tokens: float  # of the whole step, over all data-parallel ranks
     real_squared_tokens: float  # the same: sum of squared segment lengths
     rows: int = 1  # sequences side by side in a micro-batch; packed rows are one
+    counts: tuple[int, ...] = ()  # micro-batches of each step that the mean was taken of, if they differ
+
+    def micro_batch_counts(self) -> Counter[int]:
+        """How many steps have how many micro-batches."""
+        return Counter(self.counts or (int(self.micro_batches),))
+
+    @property
+    def most_micro_batches(self) -> int:
+        return max(self.micro_batch_counts())
 
 
 @dataclass(frozen=True, kw_only=True)

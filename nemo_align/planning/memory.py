@@ -87,7 +87,7 @@ def memory_plan(job: Job, *, reference_pass: bool = False, card: float = h100.CA
     reference before training."""
     pipeline = job.parallel.pipeline
     in_flight = [
-        chunks_in_flight(stage, pipeline, job.parallel.virtual_pipeline, job.work.micro_batches)
+        chunks_in_flight(stage, pipeline, job.parallel.virtual_pipeline, job.work.most_micro_batches)
         for stage in range(pipeline)
     ]
     stages = [_stage(job, stage, in_flight[stage]) for stage in range(pipeline)]

@@ -98,7 +98,7 @@ def print_search(result: SearchResult) -> None:
         parallel, work = estimate.job.parallel, estimate.job.work
         table.add_row(
             str(parallel.tensor), str(parallel.pipeline), str(parallel.virtual_pipeline), str(estimate.job.data),
-            f"{work.tokens:,}", f"{work.micro_batches:,}", parallel.recompute,
+            f"{work.tokens:,}", _number(work.micro_batches), parallel.recompute,
             _gigabytes(estimate.memory.largest.total) + (" tight" if estimate.memory.verdict == "tight" else ""),
             f"{estimate.time.total:.3f}",
             f"{estimate.tokens_per_second_per_gpu:,.1f}", _percent(estimate.mfu),
@@ -122,6 +122,11 @@ def _why_none(result: SearchResult) -> str:
     return f"None fits: the smallest needs {least} GB on its largest rank. Take more GPUs (gpus=)."
 
 
+def _number(count: float) -> str:
+    """A whole number, or a mean of some."""
+    return f"{count:,}" if isinstance(count, int) else f"{count:,.1f}"
+
+
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, file=sys.stdout)
 
@@ -140,7 +145,7 @@ def _head(result: PlanResult, job: Job) -> str:
     what = f"{result.planned.verb} of {job.model.name} on {job.world_size:,} H100"
     return (
         f"[bold]{what}[/bold]: {_layout(job)}, {numbers}\n"
-        f"global batch {size:,}: {work.micro_batches:,} micro-batches of {work.tokens:,} tokens on each replica"
+        f"global batch {size:,}: {_number(work.micro_batches)} micro-batches of {work.tokens:,} tokens on each replica"
     )
 
 
@@ -280,7 +285,7 @@ def _print_rates(console: Console, result: PlanResult) -> None:
             assert batches.steps is not None
             days = batches.steps * estimate.time.total / DAY
             table.add_row(
-                f"{batches.size:,}", f"{batches.steps:,}", f"{estimate.job.work.micro_batches:,}",
+                f"{batches.size:,}", f"{batches.steps:,}", _number(estimate.job.work.micro_batches),
                 f"{estimate.time.total:.3f}", _percent(estimate.mfu), f"{days:,.2f}",
             )  # fmt: skip
         console.print(table)
@@ -317,7 +322,7 @@ def _scaling(title: str, rows: Iterable[ScalingRow]) -> Table:
         first = first or found.tokens_per_second_per_gpu
         fits = "" if found.memory.fits else " (does not fit)"
         table.add_row(
-            f"{row.gpus:,}", f"{row.batch_size:,}", f"{found.job.work.micro_batches:,}",
+            f"{row.gpus:,}", f"{row.batch_size:,}", _number(found.job.work.micro_batches),
             f"{_gigabytes(found.memory.largest.total)}{fits}", f"{found.time.total:.3f}",
             f"{row.gpus * found.tokens_per_second_per_gpu / 1e6:,.3f}", _percent(found.mfu),
             _percent(found.tokens_per_second_per_gpu / first),

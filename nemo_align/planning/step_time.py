@@ -60,8 +60,8 @@ def step_time(job: Job) -> StepTime:
         [[chunk.forward.total for chunk in chunks] for chunks in stages],
         [[chunk.backward.total for chunk in chunks] for chunks in stages],
     )
-    transfer, beside = _transfer_seconds(job), overlaps_p2p(job.parallel)
-    pipeline = step_seconds(times, job.work.micro_batches, transfer, beside=beside)
+    transfer = _transfer_seconds(job)
+    pipeline = _pipeline_seconds(job, times, transfer)
     busy = [times.busy(stage) for stage in range(len(stages))]
     busiest = max(range(len(stages)), key=busy.__getitem__)
     even = PassSeconds(*([[_mean(side)] * len(side[0])] * len(side) for side in (times.forward, times.backward)))
@@ -78,14 +78,21 @@ def step_time(job: Job) -> StepTime:
         tensor=count * parts.tensor,
         host=count * parts.host,
         waiting=max(0.0, pipeline - count * busy[busiest]),
-        transfers=max(0.0, pipeline - step_seconds(times, count, 0.0, beside=beside)),
-        imbalance=max(0.0, pipeline - step_seconds(even, count, transfer, beside=beside)),
+        transfers=max(0.0, pipeline - _pipeline_seconds(job, times, 0.0)),
+        imbalance=max(0.0, pipeline - _pipeline_seconds(job, even, transfer)),
         recomputed=count * recomputed,
         gradient_reduce=_exposed_reduce(job, times),
         parameter_gather=_exposed_gather(job),
         optimizer=_optimizer_seconds(job),
         step_host=h100.STEP_HOST_SECONDS,
     )
+
+
+def _pipeline_seconds(job: Job, times: PassSeconds, transfer: float) -> float:
+    """Forward and backward passes of a step: the mean over steps of different numbers of micro-batches."""
+    counts, beside = job.work.micro_batch_counts(), overlaps_p2p(job.parallel)
+    seconds = {count: step_seconds(times, count, transfer, beside=beside) for count in counts}
+    return sum(steps * seconds[count] for count, steps in counts.items()) / counts.total()
 
 
 def least_seconds(job: Job) -> float:
@@ -164,7 +171,7 @@ def _exposed_reduce(job: Job, times: PassSeconds) -> float:
     if not job.parallel.overlap_grad_reduce:
         return sum(seconds)
     if job.is_interleaved:
-        round_size = min(job.parallel.pipeline, job.work.micro_batches)
+        round_size = min(job.parallel.pipeline, job.work.most_micro_batches)
         windows = [round_size * backward for backward in times.backward[0]]
         order = list(range(len(sizes)))[::-1]  # the last chunk's backward pass comes first
         return _queue_rest([seconds[chunk] for chunk in order], [windows[chunk] for chunk in order])

@@ -108,16 +108,17 @@ def step_work(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | No
     else:
         plans = _plans_on_rows(lengths, batch_size, layout)
         rows = 1  # the plan's length is that of the whole micro-batch
-    count = max(1, round(float(np.mean([plan.num_micro_batches for plan in plans]))))
+    counts = tuple(plan.num_micro_batches for plan in plans)
     cells = sum(plan.num_micro_batches for plan in plans) * data
     return StepWork(
         examples=float(np.mean([plan.examples for plan in plans])),
-        micro_batches=count,
+        micro_batches=counts[0] if len(set(counts)) == 1 else float(np.mean(counts)),
         tokens=rows * plans[0].length,
         squared_tokens=sum(plan.padded_squared_tokens for plan in plans) / cells,
         real_tokens=float(np.mean([plan.real_tokens for plan in plans])),
         real_squared_tokens=float(np.mean([plan.squared_tokens for plan in plans])),
         rows=rows,
+        counts=counts if len(set(counts)) > 1 else (),
     )
 
 

@@ -24,6 +24,6 @@ def test_rank_0_speaks(rank: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     if rank == 0:
-        assert "16 processes, 2 nodes of 8: tensor 8 x pipeline 1 x data 2" in done.stdout
+        assert "16 processes, 2 nodes of 8: tensor 4 x pipeline 1 x data 4" in done.stdout
     else:
         assert done.stdout == ""

@@ -93,4 +93,5 @@ def test_a_chain_takes_the_nodes_that_the_cluster_gives(tmp_path: Path) -> None:
     keep = [f"~stages.{name}" for name in ("reward", "score_pairs", "dpo", "rpo_1", "rpo_2", "rpo_3", "general_sft")]
     done = start(["pipeline", "+experiment=nemotron4_15b/recipe", *nodes, *keep, "dry_run=true"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("32 processes, 4 nodes of 8: tensor 8 x pipeline 1 x data 4") == 3
+    assert done.stdout.count("32 processes, 4 nodes of 8: tensor 8 x pipeline 1 x data 4") == 2
+    assert done.stdout.count("32 processes, 4 nodes of 8: tensor 4 x pipeline 1 x data 8") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from nemo_align.config.compose import compose
 from nemo_align.data.step_plan import plan_step
 from nemo_align.planning.lengths import fitted, read_lengths
 from nemo_align.planning.plan import plan_layout
+from nemo_align.planning.step_time import step_time
 from nemo_align.planning.workload import stage_length, step_work
 from tests.unit.planning.stages import planned
 
@@ -121,3 +123,21 @@ def test_overlong_rows_are_what_the_stage_makes_of_them():
     data.overlong = "error"
     with pytest.raises(ValueError, match=r"1 of 2 rows are longer than data\.sequence_length=1000"):
         fitted(rows, data)
+
+
+def test_steps_of_an_interleaved_schedule_have_whole_rounds_each(tmp_path):
+    """Some steps take one round of twelve micro-batches and some two: their mean is no number that a schedule takes."""
+    path = tmp_path / "lengths.npy"
+    np.save(path, np.random.default_rng(1).integers(100, 1400, size=20_000))
+    config = compose("plan", ["+experiment=nemotron4_340b/code_sft", f"lengths={path}"])
+    (estimate,) = plan_layout(config).estimates
+    work = estimate.job.work
+    counts = work.micro_batch_counts()
+    assert set(counts) == {12, 24} and 12 < work.micro_batches < 24
+    assert work.micro_batches == pytest.approx(sum(count * steps for count, steps in counts.items()) / counts.total())
+
+    def pipeline_seconds(count):
+        return step_time(replace(estimate.job, work=replace(work, micro_batches=count, counts=()))).pipeline
+
+    mean = sum(pipeline_seconds(count) * steps for count, steps in counts.items()) / counts.total()
+    assert estimate.time.pipeline == pytest.approx(mean)
