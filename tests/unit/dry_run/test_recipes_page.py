@@ -12,6 +12,7 @@ import yaml
 from nemo_align.config import build, schema
 from nemo_align.config.compose import compose, to_yaml
 from nemo_align.config.run_directory import differences
+from nemo_align.planning.plan import plan_layout
 from tests.unit.dry_run.test_recipes import CHAIN, stage_verb
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "recipes.md"
@@ -117,3 +118,25 @@ def test_the_rounds_differ_in_where_they_start_alone(configs: dict[tuple[str, st
     for number in (1, 2):
         changed = {key for key, *_ in differences(last, to_yaml(composed(f"{MODELS[0]}/rpo_{number}")))}
         assert changed == {"experiment", "run_dir", "checkpoint.init_from", "checkpoint.export_hf"}
+
+
+def layout_rows() -> list[list[str]]:
+    """Cells of the table of layouts and sizes."""
+    [_, after] = PAGE.read_text(encoding="utf-8").split("## Layouts\n")
+    rows = [line.split("|")[1:-1] for line in after.split("\n## ")[0].splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize("row", layout_rows(), ids=lambda row: row[0].strip("`"))
+def test_layouts_have_the_plans_size_and_time(row: list[str]) -> None:
+    experiment, gpus, states, activations, largest, time, _ = row
+    result = plan_layout(compose("plan", [f"+experiment={experiment.strip('`')}"]))
+    memory, total = result.main.memory, result.total
+    of = memory.largest
+    assert gpus == f"{result.main.job.world_size:,}"
+    assert float(states) == pytest.approx((of.weights + of.gradients + of.optimizer) / 1e9, abs=0.05)
+    assert float(activations) == pytest.approx(of.activations / 1e9, abs=0.05)
+    assert float(largest) == pytest.approx(of.total / 1e9, abs=0.05) and memory.verdict == "fits"
+    number, unit = time.split()
+    seconds = float(number.replace(",", "")) * {"days": 86400, "hours": 3600}[unit]
+    assert seconds == pytest.approx(total.seconds, rel=0.02)
