@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,11 @@ def _exported_bytes(config: TrainStageConfig) -> int:
 
 
 def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a run that goes on deletes its oldest
+            found += path.stat().st_size if path.is_file() else 0
+    return found
 
 
 def check_disk(
