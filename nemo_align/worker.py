@@ -98,13 +98,16 @@ def _run(
     watchdog.start(config.run_dir, environment.rank, environment.world_size, hang_seconds)
     watchdog.beat("importing torch")
 
-    from nemo_align.preflight.start import check_job
+    from nemo_align.preflight.start import check_job, look_at_links
     from nemo_align.runtime import device, topology
 
     device.install()
     watchdog.beat("meeting the other ranks")
     grid = topology.initialize(config.parallel, config.runtime, environment)
     places = check_job(config, environment)
+    if config.runtime.check_links or (config.runtime.check_links is None and device.use_gpu()):
+        watchdog.beat("timing the links")
+        look_at_links(grid)
     watchdog.beat("importing the stage")
     stage = importlib.import_module(f"nemo_align.stages.{verb}")
     watchdog.know(places)

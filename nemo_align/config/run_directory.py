@@ -35,6 +35,7 @@ FREE_KEYS = (
     "runtime.distributed_timeout_minutes",
     "runtime.hang_timeout_minutes",
     "runtime.max_restarts",
+    "runtime.check_links",
     "data.cache_dir",
     "data.root",  # only where other paths come from, and these are compared
     "data.validation*",

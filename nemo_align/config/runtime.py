@@ -43,5 +43,6 @@ class RuntimeConfig:
     distributed_timeout_minutes: float = 30.0  # a collective that waits longer fails
     hang_timeout_minutes: float = 20.0  # without progress for so long every rank writes its stacks and ends; 0: off
     max_restarts: int = 3  # of local workers in a row without progress, after a hang or a worker killed by a signal
+    check_links: bool | None = None  # time every group of ranks at the start, name a slow node; null: on GPUs
     threads: int | None = None  # CPU threads per worker; null: cores / workers without a GPU, torch's default with one
     deterministic: bool = False  # torch.use_deterministic_algorithms

@@ -1,4 +1,4 @@
-"""The cheap part of the preflight, at the start of every job: one exchange among all ranks, nothing timed."""
+"""The preflight's part at the start of every job: one exchange among all ranks and, on GPUs, how fast they talk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nemo_align.config.stages import WorkerConfig
-from nemo_align.preflight import disk, files, node, versions
+from nemo_align.preflight import disk, files, links, node, versions
 from nemo_align.preflight.checks import FAILED, WARNING, Check
 from nemo_align.preflight.fit import check_fit
 from nemo_align.runtime import device, launch_environment, watchdog
@@ -19,6 +19,7 @@ from nemo_align.runtime.agreement import gather
 from nemo_align.runtime.folders import existing_folder
 from nemo_align.runtime.launch_environment import LaunchEnvironment
 from nemo_align.runtime.logs import LOGGER_NAME
+from nemo_align.runtime.topology import Topology
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -41,6 +42,22 @@ def check_job(config: WorkerConfig, environment: LaunchEnvironment) -> list[str]
         if memory is not None:
             _look_at_plan(config, environment, memory)
     return [place for place, _ in seen]
+
+
+def look_at_links(topology: Topology) -> None:
+    """Time every group of ranks, a few seconds, and log it; warn of a slow node and of links that NCCL does not use.
+
+    Only warn: the job goes on at the pace of the slowest, and whoever reads may think that better than none.
+    """
+    if topology.world_size == 1:
+        return
+    rates = links.measure(topology, launch_environment.node_name())
+    if topology.is_main:
+        for check in links.judge(rates, device.accelerator_name()):
+            if check.status in (WARNING, FAILED):
+                logger.warning("links: %s%s", check.text, "" if check.remedy is None else f". Remedy: {check.remedy}")
+            else:
+                logger.info("links: %s", check.text)
 
 
 def here(

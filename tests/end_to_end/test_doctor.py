@@ -82,3 +82,13 @@ def test_alone_it_needs_no_torch(arguments, expected, tmp_path):
     )
     assert done.returncode == expected, done.stdout + done.stderr
     assert "versions" in done.stdout and "apex" in done.stdout
+
+
+def test_a_run_times_its_links_first_where_asked(stage_inputs, tmp_path):
+    layout = ["parallel.tensor=2", "parallel.data=2", "runtime.check_links=true", "train.max_steps=1", "run_dir=run"]
+    done = commands.run("sft", *MODEL, *stage_overrides(stage_inputs, "sft"), *layout, cwd=tmp_path)
+    assert done.returncode == exit_codes.SUCCESS, done.stderr
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for kind in ("tensor: 2 groups", "data: 2 groups", "all ranks"):
+        assert re.search(rf"links: {kind}[:,] all-reduce [\d.e+-]+ GB/s", log), log
+    assert log.index("links: ") < log.index("sft 1/1")
