@@ -59,6 +59,9 @@ def compose(
         chosen = [o for o in parsed if o.key == "experiment" and not o.is_group]
         if chosen or tree.get("experiment") is None:
             tree["experiment"] = overrides.experiment_name(parsed) or verb
+    given = {override.key for override in parsed if not override.is_group}
+    if "gpus" in given and tree["gpus"] is not None and "parallel.data" not in given:
+        tree["parallel"]["data"] = None  # of a recipe, made for another size: it follows from this one
     initial, resolved = _resolve(verb, tree, check_files)
     if fill is not None:
         fill(resolved)

@@ -30,6 +30,7 @@ class PlannedStage:
     plan: PlanConfig = field(default_factory=PlanConfig)
     verb: str = "pretrain"  # of the stage
     stage: TrainStageConfig = field(default_factory=TrainStageConfig)  # parallel.data is set
+    is_sized: bool = False  # somebody said how many GPUs or replicas
     stand_ins: list[str] = field(default_factory=list)  # keys that nobody gave and that a plan can do without
 
 

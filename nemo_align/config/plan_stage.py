@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nemo_align.config import build, overrides, planned_model, schema, sources, suggest
@@ -51,6 +52,7 @@ def _compose_stage(
     if plan.gpus is None and cluster is not None and cluster.kind == "slurm":
         stage.gpus = math.prod(num_nodes(cluster, stage.parallel))
     plan.gpus = stage.gpus
+    is_sized = stage.gpus is not None or stage.parallel.data is not None
     if plan.search:  # which chooses the layout itself
         if plan.gpus is None:
             raise ConfigError("search=true needs the number of GPUs. Example: gpus=1536")
@@ -58,7 +60,7 @@ def _compose_stage(
         stage.parallel = job_layout(stage)
         assert stage.parallel.data is not None
         plan.gpus = stage.parallel.tensor * stage.parallel.pipeline * stage.parallel.data
-    return PlannedStage(plan=plan, verb=verb, stage=stage, stand_ins=stand_ins)
+    return PlannedStage(plan=plan, verb=verb, stage=stage, is_sized=is_sized, stand_ins=stand_ins)
 
 
 def _compose_recipe(plan: PlanConfig, arguments: Sequence[str]) -> PlannedRecipe:
@@ -132,6 +134,10 @@ def _check(plan: PlanConfig):
         yield "search=true chooses a layout, scaling=true and exact=true look at a given one: one after the other"
     if plan.plot is not None and not plan.scaling:
         yield "plot draws what scaling=true computes: add scaling=true"
+    for name in ("json", "plot"):
+        path = getattr(plan, name)
+        if path is not None and not Path(path).parent.is_dir():
+            yield f"{name}={path}: the folder {Path(path).parent} does not exist"
     if plan.write_gb_per_second is not None and not plan.write_gb_per_second > 0:
         yield f"write_gb_per_second is {plan.write_gb_per_second}, but must be positive"
 

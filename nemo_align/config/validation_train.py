@@ -91,7 +91,7 @@ def check_train(config: TrainStageConfig) -> Iterator[str]:
             yield "train.epochs has no meaning for pretrain: its length is the sum of data.phases.<name>.steps"
     elif train.epochs is None and train.max_steps is None:
         yield "the length of the stage is missing: set train.epochs (passes over the rows) or train.max_steps"
-    if not wrong and (config.parallel.data or 1) > 0:
+    if not wrong and config.gpus is None and (config.parallel.data or 1) > 0:  # else the job's size says
         yield from check_batches(config, config.parallel.data or 1)
     yield from check_overlap(config)
 
@@ -197,17 +197,16 @@ def _check_ramp(config: TrainStageConfig) -> Iterator[str]:
 
 
 def _check_pretrain_batch(key: str, size: int, micro: int, data: int, pipeline: int, virtual: int) -> Iterator[str]:
-    unit = micro * data
+    unit, rounds = micro * data, pipeline if virtual > 1 else 1
+    below = size // (unit * rounds) * unit * rounds
+    nearest = " or ".join(str(good) for good in (below, below + unit * rounds) if good)
     if size % unit:
-        below = size // unit * unit
-        nearest = " or ".join(str(good) for good in (below, below + unit) if good)
         yield (
             f"{key} {size} is not divisible by train.micro_batch_size {micro} x parallel.data {data} = {unit}: "
             f"use {nearest}"
         )
-    elif virtual > 1 and (size // unit) % pipeline:
+    elif (size // unit) % rounds:
         yield (
             f"{key} {size} is {size // unit} micro-batches per data-parallel rank, but the interleaved schedule "
-            f"takes a multiple of parallel.pipeline={pipeline}: use a multiple of {unit * pipeline}, "
-            "or parallel.virtual_pipeline=1"
+            f"takes a multiple of parallel.pipeline={pipeline}: use {nearest}, or parallel.virtual_pipeline=1"
         )

@@ -22,6 +22,8 @@ def read_lengths(path: Path, segments: int) -> np.ndarray:
     Raises:
         ValueError: nothing there, not numbers, numbers below 1, or another number of segments.
     """
+    if not path.exists():
+        raise ValueError(f"lengths={path} does not exist: {_REMEDY}")
     if path.is_dir():
         lengths = _of_cache(path)
     elif path.suffix == ".npy":
@@ -40,25 +42,28 @@ def read_lengths(path: Path, segments: int) -> np.ndarray:
     return lengths.astype(np.int64)
 
 
-def fitted(lengths: np.ndarray, data: RowsDataConfig) -> np.ndarray:
-    """What `data.overlong` leaves of rows longer than `data.sequence_length`.
+def fitted(lengths: np.ndarray, data: RowsDataConfig) -> tuple[np.ndarray, str | None]:
+    """What `data.overlong` leaves of rows longer than `data.sequence_length`, and a note if it changes any.
 
     Raises:
         ValueError: data.overlong=error and such rows, or no row is left.
     """
     most = data.sequence_length
     assert most is not None
-    if data.overlong == "truncate":
-        return np.minimum(lengths, most)
     keep = (lengths <= most).all(axis=1)
-    if data.overlong == "error" and not keep.all():
+    if keep.all():
+        return lengths, None
+    note = f"{int((~keep).sum()):,} of {len(keep):,} rows are longer than data.sequence_length={most} and are "
+    if data.overlong == "truncate":
+        return np.minimum(lengths, most), f"{note}cut (data.overlong=truncate)"
+    if data.overlong == "error":
         raise ValueError(
             f"{int((~keep).sum()):,} of {len(keep):,} rows are longer than data.sequence_length={most} (the longest "
             f"has {int(lengths.max()):,} tokens) and data.overlong=error: raise the length, or set data.overlong=drop"
         )
     if not keep.any():
         raise ValueError(f"every row is longer than data.sequence_length={most}")
-    return lengths[keep]
+    return lengths[keep], f"{note}left out (data.overlong={data.overlong})"
 
 
 def _of_cache(folder: Path) -> np.ndarray:

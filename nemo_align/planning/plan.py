@@ -11,10 +11,11 @@ from nemo_align.planning.result import PlanResult, SearchResult, cost_of_checkpo
 from nemo_align.planning.scaling import scaling
 from nemo_align.planning.search import search
 from nemo_align.planning.workload import stage_length
+from nemo_align.runtime import exit_codes
 
 
-def plan(planned: PlannedStage | PlannedRecipe) -> None:
-    """Compute, print, and write what was asked for.
+def plan(planned: PlannedStage | PlannedRecipe) -> int:
+    """Compute, print, and write what was asked for; returns the exit code, USER_ERROR if a stage does not fit.
 
     Raises:
         ValueError: the file of lengths is wrong, a row does not fit a micro-batch, or a file cannot be written.
@@ -24,13 +25,13 @@ def plan(planned: PlannedStage | PlannedRecipe) -> None:
         report.print_recipe(planned, results)
         if planned.plan.json is not None:
             as_json.write(planned.plan.json, {name: as_json.of_plan(result) for name, result in results.items()})
-        return
+        return _exit_code(all(result.main.memory.fits for result in results.values()))
     if planned.plan.search:
         found = search_layouts(planned)
         report.print_search(found)
         if planned.plan.json is not None:
             as_json.write(planned.plan.json, as_json.of_search(found))
-        return
+        return _exit_code(found.found.fitting > 0)
     result = plan_layout(planned)
     report.print_plan(result)
     if planned.plan.json is not None:
@@ -40,6 +41,11 @@ def plan(planned: PlannedStage | PlannedRecipe) -> None:
 
         assert result.scaling is not None
         draw_scaling(result.scaling, planned)
+    return _exit_code(result.main.memory.fits)
+
+
+def _exit_code(fits: bool) -> int:
+    return exit_codes.SUCCESS if fits else exit_codes.USER_ERROR
 
 
 def plan_layout(planned: PlannedStage) -> PlanResult:

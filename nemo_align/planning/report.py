@@ -333,7 +333,9 @@ def _scaling(title: str, rows: Iterable[ScalingRow]) -> Table:
 def _notes(result: PlanResult) -> Iterable[str]:
     if result.length.assumption is not None:
         yield f"assumed: {result.length.assumption}"
-    if result.planned.plan.gpus == result.main.job.parallel.tensor * result.main.job.parallel.pipeline:
+    if result.length.overlong is not None:
+        yield result.length.overlong
+    if not result.planned.is_sized:
         yield "one replica: set gpus= or parallel.data= for more"
     if result.main.job.precision.dtype == "fp32":
         yield "fp32 products without TF32, as Megatron-core runs them"
@@ -370,7 +372,7 @@ def _percent(fraction: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.2f}"
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -21,12 +21,13 @@ def variant(stage: TrainStageConfig, **changes: Any) -> TrainStageConfig:
 
 
 def differing_keys(before: TrainStageConfig, after: TrainStageConfig) -> list[str]:
-    """Overrides that make `after` of `before`: keys of parallel, precision and train."""
+    """Overrides that make `after` of `before`: keys of parallel, precision and train; replicas follow from `gpus`."""
     return [
         f"{section}.{field.name}={_as_override(value)}"
         for section in ("parallel", "precision", "train")
         for field in dataclasses.fields(getattr(after, section))
         if (value := getattr(getattr(after, section), field.name)) != getattr(getattr(before, section), field.name)
+        and (section, field.name) != ("parallel", "data")
     ]
 
 

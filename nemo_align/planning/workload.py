@@ -7,6 +7,7 @@ micro-batches are those of the run; steps of pretraining have samples of one len
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from nemo_align.config.plan import PlannedStage
 from nemo_align.config.stages import PreferenceStageConfig, PretrainStageConfig, TrainStageConfig
 from nemo_align.data.batch_schedule import BatchSchedule
-from nemo_align.data.step_plan import StepLayout, plan_step, plan_windows
+from nemo_align.data.step_plan import StepLayout, StepPlan, plan_step, plan_windows
 from nemo_align.model.counts import FP8_MULTIPLE, crossover_length
 from nemo_align.planning.job import StepWork
 from nemo_align.planning.lengths import fitted, read_lengths
@@ -38,6 +39,7 @@ class StageLength:
     batches: list[Batches]  # in order; several with a batch ramp
     lengths: np.ndarray | None  # int64 [N, segments] of the rows; None for pretraining
     assumption: str | None  # what stands in for something unknown
+    overlong: str | None = None  # what becomes of rows that are too long
 
 
 def segments_of(stage: TrainStageConfig) -> int:
@@ -67,16 +69,16 @@ def stage_length(planned: PlannedStage) -> StageLength:
     assert stage.data.sequence_length is not None
     if planned.plan.lengths is None:
         lengths = np.full((size, segments), stage.data.sequence_length, dtype=np.int64)
-        number, assumption = stage.dry_run_rows, _ASSUMED
+        number, assumption, overlong = stage.dry_run_rows, _ASSUMED, None
     else:
-        lengths = fitted(read_lengths(Path(planned.plan.lengths), segments), stage.data)
+        lengths, overlong = fitted(read_lengths(Path(planned.plan.lengths), segments), stage.data)
         number, assumption = len(lengths), None
     steps = None
     if train.epochs is not None and number is not None:
         steps = -(-max(1, round(train.epochs * number)) // size)
     if train.max_steps is not None and "train.max_steps" not in planned.stand_ins:
         steps = train.max_steps if steps is None else min(steps, train.max_steps)
-    return StageLength([Batches(size, steps)], lengths, assumption)
+    return StageLength([Batches(size, steps)], lengths, assumption, overlong)
 
 
 def step_work(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | None) -> StepWork:
@@ -103,11 +105,47 @@ def step_work(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | No
         crossover_length=crossover_length(stage.model),
     )
     if lengths is None:
-        plans = [plan_windows(range(batch_size), [length] * batch_size, layout)]
-        rows = train.micro_batch_size
-    else:
-        plans = _plans_on_rows(lengths, batch_size, layout)
-        rows = 1  # the plan's length is that of the whole micro-batch
+        return _work([plan_windows(range(batch_size), [length] * batch_size, layout)], data, train.micro_batch_size)
+    return _work_on_rows(_Rows(lengths), batch_size, layout)
+
+
+class _Rows:
+    """Lengths as the key of a cache: layouts of a search share their micro-batches, and rows may be a million."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Rows) and self.lengths is other.lengths
+
+    def __hash__(self) -> int:
+        return id(self.lengths)
+
+
+@lru_cache(maxsize=1024)
+def _work_on_rows(rows: _Rows, batch_size: int, layout: StepLayout) -> StepWork:
+    """The mean of the first batches of a seeded permutation."""
+    options = {name: getattr(layout, name) for name in layout.__dataclass_fields__}
+    order = _order(rows, batch_size)
+    ones = np.broadcast_to(np.int64(1), len(rows.lengths))
+    plans = [
+        plan_step(order[start : start + batch_size], rows.lengths, ones, **options)
+        for start in range(0, len(order), batch_size)
+    ]
+    return _work(plans, layout.data_parallel, 1)  # a plan's length is that of the whole micro-batch
+
+
+@lru_cache(maxsize=16)
+def _order(rows: _Rows, batch_size: int) -> np.ndarray:
+    """Examples of as many batches as give a mean."""
+    number = len(rows.lengths)
+    count = max(1, min(_MOST_STEPS, _MOST_EXAMPLES // batch_size, number // batch_size))
+    order = np.random.default_rng(0).permutation(number)
+    return np.resize(order, count * batch_size)  # a batch larger than the rows goes round
+
+
+def _work(plans: list[StepPlan], data: int, rows: int) -> StepWork:
+    """The mean of planned steps. `rows`: sequences side by side in a micro-batch."""
     counts = tuple(plan.num_micro_batches for plan in plans)
     cells = sum(plan.num_micro_batches for plan in plans) * data
     return StepWork(
@@ -120,16 +158,3 @@ def step_work(stage: TrainStageConfig, batch_size: int, lengths: np.ndarray | No
         rows=rows,
         counts=counts if len(set(counts)) > 1 else (),
     )
-
-
-def _plans_on_rows(lengths: np.ndarray, batch_size: int, layout: StepLayout) -> list:
-    """Step plans of the first batches of a seeded permutation, as many as give a mean."""
-    count = max(1, min(_MOST_STEPS, _MOST_EXAMPLES // batch_size, len(lengths) // batch_size))
-    order = np.random.default_rng(0).permutation(len(lengths))
-    order = np.resize(order, count * batch_size)  # a batch larger than the rows goes round
-    options = {name: getattr(layout, name) for name in layout.__dataclass_fields__}
-    ones = np.ones(len(lengths), dtype=np.int64)
-    return [
-        plan_step(order[start : start + batch_size], lengths, ones, **options)
-        for start in range(0, len(order), batch_size)
-    ]

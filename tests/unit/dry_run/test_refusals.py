@@ -26,7 +26,7 @@ WRONG = {
         [*CODE_SFT, "parallel.data=null", "gpus=100"],
         "gpus=100 cannot form parallel.tensor=8 x parallel.pipeline=12: name a multiple of 96",
     ),
-    "world is another": ([*CODE_SFT, "gpus=96"], "gpus=96 is not parallel.tensor=8"),
+    "world is another": ([*CODE_SFT, "gpus=96", "parallel.data=2"], "gpus=96 is not parallel.tensor=8"),
     "batch does not divide": (
         [*PRETRAIN, "parallel.data=60"],
         "train.global_batch_size 2304 is not divisible by train.micro_batch_size 1 x parallel.data 60 = 60",

@@ -11,6 +11,8 @@ import pytest
 
 from nemo_align.cli import main
 from nemo_align.config.compose import ConfigError, compose, to_yaml
+from nemo_align.config.job_size import job_layout
+from nemo_align.runtime import exit_codes
 
 ROOT = Path(__file__).resolve().parents[3]
 PAPER = ["model=nemotron4_340b", "parallel=tp8_pp12", "gpus=6144", "train.global_batch_size=2304"]
@@ -105,9 +107,44 @@ def test_the_report_says_that_the_papers_layout_fits(capsys, tmp_path):
 
 
 def test_what_does_not_fit_comes_with_a_remedy(capsys):
-    assert main(["plan", *PAPER[:2], "gpus=96", "train.global_batch_size=768"]) == 0
+    assert main(["plan", *PAPER[:2], "gpus=96", "train.global_batch_size=768"]) == exit_codes.USER_ERROR
     printed = capsys.readouterr().out
     assert "does NOT fit on 80 GB" in printed and "parallel.recompute=full" in printed
+
+
+def test_a_search_without_a_layout_that_fits_ends_with_an_error_code(capsys):
+    arguments = ["plan", "model=nemotron4_340b", "train.global_batch_size=768", "search=true"]
+    assert main([*arguments, "gpus=16"]) == exit_codes.USER_ERROR
+    assert "None fits: the smallest needs " in capsys.readouterr().out
+
+
+def test_the_replicas_follow_from_gpus():
+    recipe = "+experiment=nemotron4_340b/pretrain"  # names 64
+    assert compose("plan", [recipe, "gpus=1536"]).stage.parallel.data == 16
+    with pytest.raises(ConfigError, match=r"gpus=1536 is not .* x parallel\.data=8 = 768: set gpus=768"):
+        compose("plan", [recipe, "gpus=1536", "parallel.data=8"])
+    dry = compose("pretrain", [recipe, "gpus=1536", "dry_run=true"])
+    assert dry.parallel.data is None and job_layout(dry).data == 16
+    assert compose("pretrain", [recipe, "dry_run=true"]).parallel.data == 64
+
+
+def test_a_batch_that_the_replicas_of_gpus_cannot_share_is_named_with_them():
+    with pytest.raises(ConfigError, match=r"parallel\.data 16 = 16: use 576 or 768"):
+        compose("plan", [*PAPER[:2], "gpus=1536", "train.global_batch_size=700"])
+
+
+def test_one_replica_is_noted_where_nobody_said_how_many(capsys):
+    arguments = ["plan", "model=nemotron4_15b", "parallel=tp8", "train.global_batch_size=64"]
+    for more, noted in (([], True), (["gpus=8"], False), (["parallel.data=1"], False)):
+        assert main([*arguments, *more]) == 0
+        assert ("one replica: set gpus=" in capsys.readouterr().out) == noted
+
+
+@pytest.mark.parametrize("argument", ["json=nowhere/plan.json", "plot=nowhere/scaling.png"])
+def test_a_folder_to_write_to_is_looked_for_first(argument):
+    more = ["scaling=true"] if argument.startswith("plot") else []
+    with pytest.raises(ConfigError, match=f"{argument}: the folder nowhere does not exist"):
+        compose("plan", [*PAPER, argument, *more])
 
 
 def test_a_recipe_is_a_table_of_its_stages(capsys, tmp_path):

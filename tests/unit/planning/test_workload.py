@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from nemo_align.cli import main
 from nemo_align.config.compose import compose
 from nemo_align.data.step_plan import plan_step
 from nemo_align.planning.lengths import fitted, read_lengths
@@ -117,12 +118,36 @@ def test_wrong_files_are_refused(tmp_path, content, said):
 def test_overlong_rows_are_what_the_stage_makes_of_them():
     data = compose("plan", [*SFT, "data.sequence_length=1000"]).stage.data
     rows = np.array([[900], [1200]])
-    assert fitted(rows, data).tolist() == [[900], [1000]]  # sft truncates
+    assert fitted(rows[:1], data) == (rows[:1], None)
+    kept, note = fitted(rows, data)
+    assert kept.tolist() == [[900], [1000]]  # sft truncates
+    assert note == "1 of 2 rows are longer than data.sequence_length=1000 and are cut (data.overlong=truncate)"
     data.overlong = "drop"
-    assert fitted(rows, data).tolist() == [[900]]
+    kept, note = fitted(rows, data)
+    assert kept.tolist() == [[900]]
+    assert note == "1 of 2 rows are longer than data.sequence_length=1000 and are left out (data.overlong=drop)"
     data.overlong = "error"
     with pytest.raises(ValueError, match=r"1 of 2 rows are longer than data\.sequence_length=1000"):
         fitted(rows, data)
+
+
+def test_too_long_rows_and_missing_files_are_named(tmp_path, capsys):
+    path = tmp_path / "lengths.npy"
+    with pytest.raises(ValueError, match=r"lengths=.*lengths\.npy does not exist: name a \.npy of whole numbers"):
+        plan_layout(compose("plan", [*SFT, f"lengths={path}"]))
+    np.save(path, np.array([100, 5000, 6000, 300]))
+    assert main(["plan", *SFT, f"lengths={path}"]) == 0
+    assert "note: 2 of 4 rows are longer than data.sequence_length=4096 and are cut" in capsys.readouterr().out
+
+
+def test_layouts_that_share_their_micro_batches_share_the_work():
+    """What a search computes once is what each layout computes for itself."""
+    lengths = np.random.default_rng(2).integers(100, 3000, size=(5_000, 1))
+    stages = [compose("plan", [*SFT, f"parallel.recompute={how}"]).stage for how in ("none", "full", "selective")]
+    shared = [step_work(stage, 64, lengths) for stage in stages]
+    assert shared[0] is shared[1] is shared[2]
+    assert step_work(stages[0], 64, lengths.copy()) == shared[0]  # computed anew
+    assert step_work(stages[0], 128, lengths) != shared[0]
 
 
 def test_steps_of_an_interleaved_schedule_have_whole_rounds_each(tmp_path):
