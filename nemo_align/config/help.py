@@ -14,7 +14,7 @@ VERB_LINES = {
     "preference": "DPO, IPO and reward-aware RPO on pairs of responses",
     "score": "write a reward model's rewards into files of rows",
     "pipeline": "the whole chain, each stage starting from the checkpoint of an earlier one",
-    "plan": "what a stage needs and yields on H100s: memory, time, MFU; without a GPU or torch; ends with 2 if it does not fit",
+    "plan": "what a stage needs and yields on H100s: memory, time, MFU; without a GPU; ends with 2 if it does not fit",
     "doctor": "before a job: versions, GPUs, disk, files, links, does its plan fit; what is wrong, with its remedy",
     "convert": "checkpoints from and to Hugging Face, and from the published .nemo, in bounded memory",
     "merge": "average checkpoints of one architecture: weighted sums or spherical interpolation",
