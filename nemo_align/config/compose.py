@@ -59,9 +59,7 @@ def compose(
         chosen = [o for o in parsed if o.key == "experiment" and not o.is_group]
         if chosen or tree.get("experiment") is None:
             tree["experiment"] = overrides.experiment_name(parsed) or verb
-    given = {override.key for override in parsed if not override.is_group}
-    if "gpus" in given and tree["gpus"] is not None and "parallel.data" not in given:
-        tree["parallel"]["data"] = None  # of a recipe, made for another size: it follows from this one
+    _settle_size(tree, parsed)
     initial, resolved = _resolve(verb, tree, check_files)
     if fill is not None:
         fill(resolved)
@@ -69,13 +67,24 @@ def compose(
     if problems:
         raise ConfigError.of(f"{line} ({composed.origin(line.split(' ')[0], parsed)})" for line in problems)
     awaits_checkpoint = initial is None and not check_files and fill is None and _init_from(tree) is not None
-    _refuse_missing(verb, config, awaits_checkpoint)
+    _refuse_missing(verb, config, awaits_checkpoint, parsed)
     model_known = not (awaits_checkpoint and build.missing_keys(config.model))
     validation.complete(config, initial, model_known=model_known)
     validation.validate(
         config, check_files=check_files, model_known=model_known, awaits_checkpoint=awaits_checkpoint, initial=initial
     )
     return config
+
+
+def _settle_size(tree: dict[str, Any], parsed: Sequence[overrides.Override]) -> None:
+    """Of gpus and parallel.data the one of the command line decides: the other, of a recipe, was made for another size.
+    Where both are given they have to agree (config/job_size.py)."""
+    given = {override.key for override in parsed if not override.is_group and override.prefix != "~"}
+    parallel = tree.get("parallel", {})
+    if "gpus" in given and tree["gpus"] is not None and "parallel.data" not in given:
+        parallel.pop("data", None)
+    elif "parallel.data" in given and parallel["data"] is not None and "gpus" not in given:
+        tree.pop("gpus", None)
 
 
 def to_yaml(config: Any, part: str | None = None) -> str:
@@ -217,7 +226,7 @@ def _init_from(tree: dict[str, Any]) -> str | None:
     return value if isinstance(value, str) and value != MISSING else None
 
 
-def _refuse_missing(verb: str, config: Any, awaits_checkpoint: bool) -> None:
+def _refuse_missing(verb: str, config: Any, awaits_checkpoint: bool, parsed: Sequence[overrides.Override]) -> None:
     missing = build.missing_keys(config)
     model = [key for key in missing if key.startswith("model.")]
     aliases = {field: word for word, field in overrides.ALIASES.get(verb, {}).items()}
@@ -236,6 +245,8 @@ def _refuse_missing(verb: str, config: Any, awaits_checkpoint: bool) -> None:
         for key in missing
         if not key.startswith("model.")
     ]
+    if problems or (verb == "pipeline" and not config.stages):
+        problems = [*overrides.named_without_choice(parsed), *problems]
     if problems:
         raise ConfigError.of(problems)
 

@@ -16,11 +16,14 @@ def verb_of_experiment(arguments: Sequence[str], verbs: Sequence[str], *, otherw
     Raises:
         ConfigError: an unknown experiment, one for other verbs, or one that does not say for which.
     """
-    prefix = f"+{sources.EXPERIMENT}="
-    name = next((text.removeprefix(prefix) for text in reversed(arguments) if text.startswith(prefix)), None)
-    if name is None:
-        return None
     known = sources.choices(sources.EXPERIMENT)
+    prefix = f"{sources.EXPERIMENT}="
+    # Without + it chooses too, unless no experiment is called so: then it names the run (config/overrides.py).
+    chosen = [text.lstrip("+").removeprefix(prefix) for text in arguments if text.startswith(f"+{prefix}")]
+    chosen += [name for text in arguments if text.startswith(prefix) and (name := text.removeprefix(prefix)) in known]
+    if not chosen:
+        return None
+    name = chosen[-1]
     if name not in known:
         raise ConfigError(f"unknown experiment '{name}'{suggest.did_you_mean(name, known)}")
     shown = sources.verbs_of_experiment(name)

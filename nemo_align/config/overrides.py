@@ -82,6 +82,18 @@ def experiment_name(overrides: Sequence[Override]) -> str | None:
     return _listed(named[-1].value)[-1] if named else None
 
 
+def named_without_choice(overrides: Sequence[Override]) -> list[str]:
+    """What to say where keys are missing, no experiment is chosen, and experiment=<name> without + is nearly one."""
+    if any(o.key == sources.EXPERIMENT and o.is_group for o in overrides):
+        return []
+    names = [o.value for o in overrides if o.key == sources.EXPERIMENT and o.value is not None]
+    return [
+        f"experiment={name} names the run, and no experiment is chosen; did you mean '+experiment={guess}'?"
+        for name in names[-1:]
+        if (guess := suggest.nearest(name, sources.choices(sources.EXPERIMENT), 0.7))
+    ]
+
+
 def _parse(verb: str, text: str, where: str) -> Override:
     match = _FORM.fullmatch(text)
     if match is None or (match["value"] is None and match["prefix"] != "~"):
