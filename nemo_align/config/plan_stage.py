@@ -22,6 +22,7 @@ from nemo_align.config.pipeline import ClusterConfig, overrides_of
 from nemo_align.config.plan import PlanConfig, PlannedRecipe, PlannedStage
 
 TRAINING_VERBS = CHOICES["verb"]
+_PLOT_FORMATS = (".png", ".svg", ".pdf")
 STAND_IN_STEPS = 10**9  # of a stage whose length nobody gave: longer than any warm-up or decay
 
 
@@ -136,8 +137,14 @@ def _check(plan: PlanConfig):
         yield "plot draws what scaling=true computes: add scaling=true"
     for name in ("json", "plot"):
         path = getattr(plan, name)
-        if path is not None and not Path(path).parent.is_dir():
-            yield f"{name}={path}: the folder {Path(path).parent} does not exist"
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            yield f"{name}={path} is a folder: name a file in it"
+        elif not Path(path).parent.is_dir():
+            yield f"{name}={path}: the folder {Path(path).parent} does not exist: create it, or name another file"
+    if plan.plot is not None and Path(plan.plot).suffix not in _PLOT_FORMATS:
+        yield f"plot={plan.plot}: the file must end in {', '.join(_PLOT_FORMATS)}"
     if plan.write_gb_per_second is not None and not plan.write_gb_per_second > 0:
         yield f"write_gb_per_second is {plan.write_gb_per_second}, but must be positive"
 

@@ -63,6 +63,7 @@ def of_plan(result: PlanResult) -> dict[str, Any]:
             "strong": [_row(row) for row in result.scaling.strong],
         },
         "assumptions": [result.length.assumption] if result.length.assumption else [],
+        "overlong": result.length.overlong,
         "stand_ins": result.planned.stand_ins,
     }
 
@@ -74,6 +75,8 @@ def of_search(result: SearchResult) -> dict[str, Any]:
         "gpus": result.planned.plan.gpus,
         "tried": result.found.tried,
         "fitting": result.found.fitting,
+        "assumptions": [result.length.assumption] if result.length.assumption else [],
+        "overlong": result.length.overlong,
         "layouts": [of_estimate(estimate) for estimate in result.found.best],
     }
 

@@ -27,7 +27,7 @@ def read_lengths(path: Path, segments: int) -> np.ndarray:
     if path.is_dir():
         lengths = _of_cache(path)
     elif path.suffix == ".npy":
-        lengths = load_array(path, remedy=_REMEDY)
+        lengths = _of_array(path, path)
     else:
         lengths = _of_text(path)
     if lengths.ndim == 1:
@@ -38,7 +38,11 @@ def read_lengths(path: Path, segments: int) -> np.ndarray:
         what = "one length, of the dialogue" if segments == 1 else "two lengths, of chosen and rejected"
         raise ValueError(f"lengths={path} has {lengths.shape[1]} numbers a row, but a row of this stage has {what}")
     if int(lengths.min()) < 1:
-        raise ValueError(f"lengths={path} has a row with {int(lengths.min())} tokens")
+        rows = int((lengths < 1).any(axis=1).sum())
+        raise ValueError(
+            f"lengths={path} has {rows:,} of {len(lengths):,} rows with less than 1 token (the least is "
+            f"{int(lengths.min())}): leave them out, no row of a stage is empty"
+        )
     return lengths.astype(np.int64)
 
 
@@ -53,17 +57,21 @@ def fitted(lengths: np.ndarray, data: RowsDataConfig) -> tuple[np.ndarray, str |
     keep = (lengths <= most).all(axis=1)
     if keep.all():
         return lengths, None
-    note = f"{int((~keep).sum()):,} of {len(keep):,} rows are longer than data.sequence_length={most} and are "
+    found = (
+        f"{int((~keep).sum()):,} of {len(keep):,} rows are longer than data.sequence_length={most} (the longest has "
+        f"{int(lengths.max()):,} tokens)"
+    )
     if data.overlong == "truncate":
-        return np.minimum(lengths, most), f"{note}cut (data.overlong=truncate)"
-    if data.overlong == "error":
-        raise ValueError(
-            f"{int((~keep).sum()):,} of {len(keep):,} rows are longer than data.sequence_length={most} (the longest "
-            f"has {int(lengths.max()):,} tokens) and data.overlong=error: raise the length, or set data.overlong=drop"
+        # Lengths do not tell turns: what is left of such a row may be shorter, or nothing.
+        note = (
+            f"{found}: taken as cut to it, training takes whole turns away, the oldest first (data.overlong=truncate)"
         )
+        return np.minimum(lengths, most), note
+    if data.overlong == "error":
+        raise ValueError(f"{found} and data.overlong=error: raise the length, or set data.overlong=drop")
     if not keep.any():
-        raise ValueError(f"every row is longer than data.sequence_length={most}")
-    return lengths[keep], f"{note}left out (data.overlong={data.overlong})"
+        raise ValueError(f"every row is longer than data.sequence_length={most}: raise it, or give shorter rows")
+    return lengths[keep], f"{found}: left out, as in training (data.overlong={data.overlong})"
 
 
 def _of_cache(folder: Path) -> np.ndarray:
@@ -74,14 +82,21 @@ def _of_cache(folder: Path) -> np.ndarray:
         hint = f"; it holds the caches {', '.join(inside)}" if inside else ""
         raise ValueError(f"lengths={folder} is no cache of tokenized rows (meta.json is missing){hint}")
     segments = json.loads(meta.read_text(encoding="utf-8"))["segments"]
-    return np.diff(load_array(folder / "offsets.npy", remedy=_REMEDY)).reshape(-1, segments)
+    return np.diff(_of_array(folder, folder / "offsets.npy")).reshape(-1, segments)
+
+
+def _of_array(path: Path, file: Path) -> np.ndarray:
+    try:
+        return load_array(file, remedy=_REMEDY)
+    except ValueError as error:
+        raise ValueError(f"lengths={path}: {error}") from None
 
 
 def _of_text(path: Path) -> np.ndarray:
     try:
         lines = path.read_text(encoding="utf-8").replace(",", " ").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"lengths={path} cannot be read: {error}") from None
+        raise ValueError(f"lengths={path} cannot be read as text ({error}): {_REMEDY}") from None
     rows = [line.split() for line in lines if line.strip()]
     if not rows or len({len(row) for row in rows}) != 1:
         raise ValueError(f"lengths={path} is empty or has lines of different kinds: {_REMEDY}")

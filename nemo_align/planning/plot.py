@@ -7,18 +7,14 @@ from pathlib import Path
 from nemo_align.config.plan import PlannedStage
 from nemo_align.planning.scaling import Scaling
 
-_FORMATS = (".png", ".svg", ".pdf")
-
 
 def draw_scaling(scaling: Scaling, planned: PlannedStage) -> None:
     """Write the file that `plot` names.
 
     Raises:
-        ValueError: matplotlib is missing, another kind of file, or one that cannot be written.
+        ValueError: matplotlib is missing, or the file cannot be written.
     """
     path = Path(planned.plan.plot or "")
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"plot={path}: the file must end in {', '.join(_FORMATS)}")
     try:
         import matplotlib
 

@@ -17,6 +17,7 @@ from nemo_align.planning.result import DAY, HOUR, PlanResult, SearchResult
 from nemo_align.planning.scaling import ScalingRow
 from nemo_align.planning.search import near_sizes
 from nemo_align.planning.variants import differing_keys
+from nemo_align.planning.workload import StageLength
 
 _WIDTH = 160  # where the output is no terminal
 _MEMORY_NAMES = {
@@ -50,7 +51,7 @@ def print_plan(result: PlanResult) -> None:
         console.print(_scaling("weak scaling: the batch grows with the GPUs", result.scaling.weak))
         console.print(_scaling("strong scaling: the batch stays", result.scaling.strong))
     for note in _notes(result):
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def print_recipe(planned: PlannedRecipe, results: dict[str, PlanResult]) -> None:
@@ -107,6 +108,8 @@ def print_search(result: SearchResult) -> None:
     console.print(table)
     assert found.first is not None
     overrides = [f"gpus={options.gpus}", *differing_keys(result.planned.stage, found.first)]
+    for note in _notes_on_rows(result.length):
+        console.print(f"note: {note}", soft_wrap=True)
     console.print(f"the first as overrides: {' '.join(overrides)}", soft_wrap=True)
 
 
@@ -296,7 +299,7 @@ def _print_rates(console: Console, result: PlanResult) -> None:
         )
         console.print(
             f"the stage: {total.steps:,} steps, {total.tokens:,.0f} tokens, {_duration(total.seconds)}{reference}, "
-            f"{total.gpu_hours:,.0f} GPU-hours"
+            f"{_hours(total.gpu_hours)} GPU-hours"
         )
     else:
         day = main.tokens_per_second_per_gpu * main.job.world_size * DAY
@@ -330,11 +333,15 @@ def _scaling(title: str, rows: Iterable[ScalingRow]) -> Table:
     return table
 
 
+def _notes_on_rows(length: StageLength) -> Iterable[str]:
+    if length.assumption is not None:
+        yield f"assumed: {length.assumption}"
+    if length.overlong is not None:
+        yield length.overlong
+
+
 def _notes(result: PlanResult) -> Iterable[str]:
-    if result.length.assumption is not None:
-        yield f"assumed: {result.length.assumption}"
-    if result.length.overlong is not None:
-        yield result.length.overlong
+    yield from _notes_on_rows(result.length)
     if not result.planned.is_sized:
         yield "one replica: set gpus= or parallel.data= for more"
     if result.main.job.precision.dtype == "fp32":
@@ -372,7 +379,7 @@ def _percent(fraction: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2f}"
 
 
 def _duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import pytest
 from nemo_align.cli import main
 from nemo_align.config.compose import ConfigError, compose, to_yaml
 from nemo_align.config.job_size import job_layout
+from nemo_align.planning import report
 from nemo_align.runtime import exit_codes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,6 +41,29 @@ def test_an_experiment_is_composed_by_its_own_verb(experiment, verb):
     )  # the model of the stage that comes first in the chain
     assert found.stage.experiment == experiment
     assert found.plan.gpus == found.stage.parallel.tensor * found.stage.parallel.pipeline * found.stage.parallel.data
+
+
+def test_an_experiment_is_chosen_without_a_plus_too():
+    assert compose("plan", ["experiment=quickstart/code_sft"]).verb == "sft"
+    named = compose("plan", ["+experiment=quickstart/code_sft", "experiment=mine"])
+    assert (named.verb, named.stage.experiment) == ("sft", "mine")
+
+
+def test_replicas_of_the_command_line_set_aside_the_gpus_of_a_recipe():
+    recipe = "+experiment=minitron_4b/pretrain"  # which says 8
+    assert compose("plan", [recipe, "parallel.data=8"]).plan.gpus == 16
+    assert compose("plan", [recipe, "parallel.data=null"]).plan.gpus == 8
+    with pytest.raises(ConfigError, match="gpus=8 is not"):
+        compose("plan", [recipe, "parallel.data=8", "gpus=8"])
+
+
+def test_small_stages_have_gpu_hours_too():
+    assert [report._hours(hours) for hours in (0.1311, 2.034, 52.38, 11_514_701.2)] == [
+        "0.13",
+        "2.03",
+        "52",
+        "11,514,701",
+    ]
 
 
 def test_the_configuration_can_be_shown():
@@ -73,6 +97,9 @@ def test_the_configuration_can_be_shown():
         ([*PAPER, "search=true", "scaling=true"], "one after the other"),
         ([*PAPER, "plot=a.png"], "add scaling=true"),
         ([*PAPER, "write_gb_per_second=0"], "must be positive"),
+        ([*PAPER, "json=."], "json=. is a folder: name a file in it"),
+        ([*PAPER, "scaling=true", "plot=a.gif"], "plot=a.gif: the file must end in .png, .svg, .pdf"),
+        (["experiment=quickstart/code_sfd"], "did you mean '+experiment=quickstart/code_sft'?"),
     ],
 )
 def test_wrong_plans_are_refused(arguments, said):

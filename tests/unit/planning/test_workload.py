@@ -106,7 +106,7 @@ def test_a_cache_of_tokenized_rows_is_read(tmp_path):
 @pytest.mark.parametrize(
     "content, said",
     [("1 2\n3\n", "lines of different kinds"), ("a\n", "whole numbers"), ("", "empty"), ("1 2\n", "two|2 numbers"),
-     ("0\n", "0 tokens")],
+     ("0\n5\n", "lengths=.*1 of 2 rows with less than 1 token")],
 )  # fmt: skip
 def test_wrong_files_are_refused(tmp_path, content, said):
     path = tmp_path / "lengths.txt"
@@ -115,17 +115,43 @@ def test_wrong_files_are_refused(tmp_path, content, said):
         read_lengths(path, 1)
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [(None, "does not exist"), (b"", "no plain numbers"), (b"1\n2\n", "no plain numbers"), ([], "int64"),
+     ([1.5], "float64"), ([3, -4], "1 of 2 rows with less than 1 token")],
+)  # fmt: skip
+def test_wrong_arrays_are_refused_by_the_name_of_the_key(tmp_path, content, said):
+    path = tmp_path / "lengths.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, np.array(content, dtype=None if content else np.int64))
+    with pytest.raises(ValueError, match=f"lengths={path}.*{said}"):
+        read_lengths(path, 1)
+
+
+def test_a_search_says_what_becomes_of_long_rows_too(tmp_path, capsys):
+    path = tmp_path / "lengths.npy"
+    np.save(path, np.array([900, 1200] * 64))
+    arguments = ["data.sequence_length=1000", "gpus=16", "top=1", f"lengths={path}", f"json={tmp_path / 'plan.json'}"]
+    assert main(["plan", *SFT, *arguments, "search=true"]) == 0
+    said = "64 of 128 rows are longer than data.sequence_length=1000"
+    assert f"note: {said}" in capsys.readouterr().out
+    assert said in json.loads((tmp_path / "plan.json").read_text())["overlong"]
+
+
 def test_overlong_rows_are_what_the_stage_makes_of_them():
     data = compose("plan", [*SFT, "data.sequence_length=1000"]).stage.data
     rows = np.array([[900], [1200]])
     assert fitted(rows[:1], data) == (rows[:1], None)
     kept, note = fitted(rows, data)
     assert kept.tolist() == [[900], [1000]]  # sft truncates
-    assert note == "1 of 2 rows are longer than data.sequence_length=1000 and are cut (data.overlong=truncate)"
+    assert note is not None and "1 of 2 rows are longer than data.sequence_length=1000" in note
+    assert "the longest has 1,200 tokens" in note and "taken as cut" in note
     data.overlong = "drop"
     kept, note = fitted(rows, data)
     assert kept.tolist() == [[900]]
-    assert note == "1 of 2 rows are longer than data.sequence_length=1000 and are left out (data.overlong=drop)"
+    assert note is not None and "left out, as in training" in note
     data.overlong = "error"
     with pytest.raises(ValueError, match=r"1 of 2 rows are longer than data\.sequence_length=1000"):
         fitted(rows, data)
@@ -137,7 +163,7 @@ def test_too_long_rows_and_missing_files_are_named(tmp_path, capsys):
         plan_layout(compose("plan", [*SFT, f"lengths={path}"]))
     np.save(path, np.array([100, 5000, 6000, 300]))
     assert main(["plan", *SFT, f"lengths={path}"]) == 0
-    assert "note: 2 of 4 rows are longer than data.sequence_length=4096 and are cut" in capsys.readouterr().out
+    assert "note: 2 of 4 rows are longer than data.sequence_length=4096 (the longest" in capsys.readouterr().out
 
 
 def test_layouts_that_share_their_micro_batches_share_the_work():
