@@ -135,8 +135,8 @@ def run(verb: str, overrides: list[str]) -> int:
             logs.setup(config.run_dir, rank=0)
         logs.quiet_libraries()
         module, function = _WITHOUT_WORKERS[verb]
-        code = getattr(importlib.import_module(module), function)(config)
-        return SUCCESS if code is None else code
+        result = getattr(importlib.import_module(module), function)(config)
+        return result if verb == "plan" else SUCCESS  # a plan's is an exit code
     if not any(text.lstrip("+").startswith("gpus=") for text in overrides):
         config.gpus = None  # a recipe's, for dry runs and plans: a run takes what it is started on
     return _run_here(verb, config, environment) if environment else _start_workers(verb, config)
