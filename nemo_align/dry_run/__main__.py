@@ -8,6 +8,7 @@ Its job is told to stop `lead` seconds before the time limit.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,4 +41,8 @@ def main(run_dir: str, stages: list[str]) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 5 or len(sys.argv) % 3 != 2:
         sys.exit("usage: python -m nemo_align.dry_run <run_dir> <verb> <config.yaml> <lead> [...]")
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    try:
+        sys.exit(main(sys.argv[1], sys.argv[2:]))
+    except BrokenPipeError:  # `... dry_run=true | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(exit_codes.SUCCESS)

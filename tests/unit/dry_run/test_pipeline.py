@@ -95,3 +95,16 @@ def test_a_chain_takes_the_nodes_that_the_cluster_gives(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("32 processes, 4 nodes of 8: tensor 8 x pipeline 1 x data 4") == 2
     assert done.stdout.count("32 processes, 4 nodes of 8: tensor 4 x pipeline 1 x data 8") == 1
+
+
+@pytest.mark.full
+def test_a_reader_may_have_seen_enough(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "nemo_align.cli", "pipeline", "+experiment=minitron_4b/recipe"]
+    with subprocess.Popen(
+        [*command, "dry_run=true"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "# pretrain\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
